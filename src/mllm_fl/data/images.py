@@ -1,0 +1,95 @@
+"""A set of labelled images, in memory or decoded on demand: the only form in which images travel."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Pixels(Protocol):
+    """Where the pixels of N images come from."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The images at these positions: uint8, shape (n, 3, height, width)."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemoryPixels:
+    """Pixels that lie in memory: ``tensor`` is uint8, shape (N, 3, height, width)."""
+
+    tensor: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        return self.tensor[torch.as_tensor(np.asarray(indices, dtype=np.int64))]
+
+
+@dataclass(frozen=True)
+class _Selected:
+    pixels: Pixels
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        return self.pixels.read(self.positions[np.asarray(indices, dtype=np.int64)])
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """N labelled images.
+
+    ``labels`` is int64 of shape (N,), values in ``range(len(class_names))``; an unlabelled set has -1.
+    ``mean`` and ``std`` are the per-channel normalisation constants on the 0..1 scale.
+    """
+
+    name: str
+    pixels: Pixels
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The images at these positions: uint8, shape (n, 3, height, width)."""
+        return self.pixels.read(indices)
+
+    def normalised(self, indices: Sequence[int]) -> Tensor:
+        """The images at these positions: float32, shape (n, 3, height, width), (x/255 - mean) / std."""
+        mean = torch.tensor(self.mean).view(1, 3, 1, 1)
+        std = torch.tensor(self.std).view(1, 3, 1, 1)
+        return (self.read(indices).float().div_(255.0).sub_(mean)).div_(std)
+
+    def subset(self, indices: Sequence[int], name: str | None = None) -> ImageSet:
+        """The images at these positions, as a set of its own; pixels are not copied."""
+        positions = np.asarray(indices, dtype=np.int64)
+        return ImageSet(
+            name or self.name, _Selected(self.pixels, positions), self.labels[positions], self.class_names, self.mean, self.std
+        )
+
+    def class_counts(self) -> list[int]:
+        """Number of images of each class."""
+        return np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+
+    def hashes(self) -> list[str]:
+        """SHA-256 of each image's pixels and shape, in order: the identity used by every leak check."""
+        out = []
+        for i in range(len(self)):
+            x = self.read([i])[0].contiguous().numpy()
+            out.append(hashlib.sha256(repr(x.shape).encode() + x.tobytes()).hexdigest())
+        return out
