@@ -1,0 +1,174 @@
+"""The contract of an algorithm. Its defaults are FedAvg.
+
+McMahan, Moore, Ramage, Hampson, Agüera y Arcas: Communication-Efficient Learning of Deep Networks from
+Decentralized Data, 2017, arXiv:1602.05629, Algorithm 1:
+
+    w^{t+1} = sum_{k in S_t} (n_k / n) w_k,   w_k = local SGD from w^t on client k's n_k images
+
+What we add: BatchNorm's running statistics are averaged like weights (CReFF's code does; plain FedAvg predates
+BatchNorm), and its integer batch counter stays an integer.
+
+An algorithm is a frozen dataclass whose fields are its hyper-parameters. Its hooks are pure: they take values and
+return values, store nothing on ``self``, draw numbers only from the streams they are handed, and change none
+of their arguments (the one exception is torch's own: a forward pass in training mode updates the BatchNorm buffers
+in the ``w`` it is given, which belongs to that client alone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mllm_fl.data.images import ImageSet
+from mllm_fl.losses import cross_entropy
+from mllm_fl.seeds import stream
+from mllm_fl.trees import Tree, weighted_mean
+
+
+class Broadcast(NamedTuple):
+    """Server to client: the global weights and whatever else the method sends."""
+
+    w: Tree
+    extra: Tree
+
+
+class Update(NamedTuple):
+    """Client to server: local weights, their weight in the mean (images, n_k), extras, and metrics to record."""
+
+    client: int
+    w: Tree
+    weight: float
+    extra: Tree
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Server:
+    """The whole state of the server after ``round`` rounds."""
+
+    w: Tree
+    extra: Tree = field(default_factory=dict)
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's images in one round, and its named random streams."""
+
+    client: int
+    round: int
+    images: ImageSet
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def y(self) -> Tensor:
+        """Labels, int64, shape (n_k,)."""
+        return torch.from_numpy(self.images.labels)
+
+    def x(self, indices: Iterable[int]) -> Tensor:
+        """Normalised images at these positions, un-augmented: float32, (len(indices), 3, height, width)."""
+        return self.images.normalised(list(indices))
+
+    def stream(self, purpose: str) -> torch.Generator:
+        """The stream (run, purpose, round, client)."""
+        return stream(self.seed, purpose, self.round, self.client)
+
+
+class Local(NamedTuple):
+    """What local training left behind: the weights, the steps taken, their mean loss, and the data for a last look."""
+
+    client: int
+    w: Tree
+    steps: int
+    loss: float
+    shard: Shard
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, and what the server owns beside it. Frozen; the same object in every engine.
+
+    ``net`` is structure only: weights always come in as a Tree of all parameters and buffers.
+    ``population``: images of each client. ``unlabelled`` (n, 3, h, w), ``labelled`` ((n, 3, h, w), (n,)): public
+    server images, normalised; None when the federation has none.
+    """
+
+    net: nn.Module
+    class_names: tuple[str, ...]
+    population: tuple[int, ...]
+    seed: int
+    unlabelled: Tensor | None = None
+    labelled: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Names of the parameters; the other leaves of a weight Tree are buffers."""
+        return tuple(k for k, _ in self.net.named_parameters())
+
+    def forward(self, w: Tree, x: Tensor, *, train: bool = True) -> tuple[Tensor, Tensor]:
+        """(feature (n, d), logits (n, C)) of images (n, 3, h, w) under weights ``w``; training mode moves BN buffers in ``w``."""
+        self.net.train(train)
+        out: tuple[Tensor, Tensor] = torch.func.functional_call(self.net, w, (x,))
+        return out
+
+    def stream(self, purpose: str, *keys: int | str) -> torch.Generator:
+        """The server's stream (run, purpose, keys...)."""
+        return stream(self.seed, purpose, *keys)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """FedAvg, and the base of every other method: override the hooks that differ, declare the rest.
+
+    ``neutral``: field values under which the method must equal FedAvg bit for bit. ``uploads`` / ``downloads``: what
+    travels beyond weights, in words. ``needs``: server or client resources beyond the client's own images.
+    """
+
+    neutral: ClassVar[dict[str, Any]] = {}
+    uploads: ClassVar[str] = "nothing"
+    downloads: ClassVar[str] = "nothing"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def init(self, task: Task, w: Tree) -> Server:
+        """The state before the first round."""
+        return Server(w=w)
+
+    def broadcast(self, s: Server) -> Broadcast:
+        """What every online client receives."""
+        return Broadcast(s.w, {})
+
+    def begin(self, task: Task, msg: Broadcast, mine: Tree, shard: Shard) -> Tree:
+        """The client's memory as this round uses it, before local training; ``mine`` is {} on the first visit."""
+        return mine
+
+    def objective(self, task: Task, w: Tree, msg: Broadcast, mine: Tree, x: Tensor, y: Tensor) -> Tensor:
+        """The scalar that one local step differentiates, on a batch x (b, 3, h, w), y (b,)."""
+        return cross_entropy(task.forward(w, x)[1], y)
+
+    def correct(self, grads: Tree, msg: Broadcast, mine: Tree) -> Tree:
+        """The gradient that the local optimiser sees, over the trainable leaves."""
+        return grads
+
+    def finish(self, task: Task, local: Local, msg: Broadcast, mine: Tree) -> tuple[Update, Tree]:
+        """What the client sends, and what it remembers until its next visit."""
+        return Update(local.client, local.w, float(len(local.shard)), {}, {"loss": local.loss}), mine
+
+    def server(self, task: Task, s: Server, updates: Iterable[Update]) -> Server:
+        """The next state; ``updates`` come once, in client order, all valid, at least one."""
+        return replace(s, w=weighted_mean((u.weight, u.w) for u in updates))
+
+    def deploy(self, task: Task, s: Server) -> Tree:
+        """The weights that are evaluated and shipped; may differ from what is broadcast."""
+        return s.w
+
+
+@dataclass(frozen=True)
+class FedAvg(Algorithm):
+    """FedAvg (arXiv:1602.05629): every hook at its default."""

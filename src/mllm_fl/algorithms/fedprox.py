@@ -1,0 +1,37 @@
+"""FedProx.
+
+Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith: Federated Optimization in Heterogeneous Networks, 2020,
+arXiv:1812.06127, Algorithm 2 and eq. (2).
+
+    client k minimises  F_k(w) + (mu / 2) ||w - w^t||^2,   else FedAvg
+
+We change nothing: the norm is squared and runs over trainable parameters only, never over BatchNorm statistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Task
+from mllm_fl.errors import UserError
+from mllm_fl.losses import proximal
+from mllm_fl.trees import Tree
+
+
+@dataclass(frozen=True)
+class FedProx(Algorithm):
+    """``mu``: strength of the proximal term; 0.01 as in CReFF's code, the paper's predecessor."""
+
+    mu: float = 0.01
+    neutral: ClassVar[dict[str, Any]] = {"mu": 0.0}
+
+    def __post_init__(self) -> None:
+        if not self.mu >= 0:
+            raise UserError("federate.method.mu", f"FedProx needs mu >= 0, not {self.mu}", "0 is FedAvg")
+
+    def objective(self, task: Task, w: Tree, msg: Broadcast, mine: Tree, x: Tensor, y: Tensor) -> Tensor:
+        loss = super().objective(task, w, msg, mine, x, y)
+        return loss + proximal({k: w[k] for k in task.trainable}, msg.w, self.mu)  # eq. (2)

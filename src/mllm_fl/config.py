@@ -1,0 +1,136 @@
+"""One schema for everything a run can be asked: the stages' own dataclasses, assembled; and the plan of several arms and seeds."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mllm_fl.algorithms import find
+from mllm_fl.data.federation import DataConfig
+from mllm_fl.errors import UserError
+from mllm_fl.models.network import ModelConfig
+from mllm_fl.models.teacher.clip import TeacherConfig
+from mllm_fl.stages.align import AlignConfig
+from mllm_fl.stages.annotate import AnnotateConfig
+from mllm_fl.stages.federate import FederateConfig
+from mllm_fl.stages.pretrain import PretrainConfig
+from mllm_fl.toml import build, read_toml, set_dotted, to_dict
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. A stage is off when its table is absent; ``[federate]`` is always there.
+
+    ``experiment``: the folder under ``runs/``. ``name``: the run's name in it, an arm's name in a plan. ``seed``: initial weights, local
+    training, sampling and alignment; the data has its own seed, so that seeds share one federation.
+    """
+
+    experiment: str = "default"
+    name: str = "run"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    annotate: AnnotateConfig | None = None
+    pretrain: PretrainConfig | None = None
+    federate: FederateConfig = field(default_factory=FederateConfig)
+    align: AlignConfig | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("experiment", "name"):
+            value = getattr(self, key)
+            if not value or value.startswith(".") or any(c in value for c in "/\\\0\n"):
+                raise UserError(key, f"{value!r} cannot name a folder", "use letters, digits, - and _")
+        if self.federate.clients_per_round > self.data.clients:
+            raise UserError(
+                "federate.clients_per_round",
+                f"{self.federate.clients_per_round} online clients, but data.clients is {self.data.clients}",
+            )
+        if self.pretrain is not None and self.model.adapter == "none":
+            raise UserError("pretrain", "needs an adapter to the teacher's width", 'set model.adapter = "linear"')
+
+    def resolved(self) -> dict[str, Any]:
+        """All values, defaults included, as nested plain values."""
+        return to_dict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs that one TOML file asks for: arms times seeds; a file without arms is one arm."""
+
+    path: Path
+    runs: tuple[Config, ...]
+    arms: tuple[str, ...]
+
+
+def from_dict(raw: Mapping[str, Any], place: str) -> Config:
+    """A checked configuration from nested dicts; ``[federate.method]`` is read by the class that ``federate.algorithm`` names.
+
+    Raises:
+        UserError: anything unknown, of a wrong type, out of range, or contradicting; names ``place`` and the key.
+    """
+    raw = copy.deepcopy(dict(raw))
+    method: dict[str, Any] = {}
+    fed = raw.get("federate")
+    if isinstance(fed, dict):
+        method = fed.pop("method", {})
+        if not isinstance(method, dict):
+            raise UserError(f"{place}: federate.method", f"expected a table, got {method!r}", "write [federate.method]")
+        name = fed.get("algorithm", "fedavg")
+        if not isinstance(name, str):
+            raise UserError(f"{place}: federate.algorithm", f"expected a string, got {name!r}")
+        cls = find(name, f"{place}: federate.algorithm")
+        fed = {k: v for k, v in fed.items() if k != "algorithm"}
+        federate = build(FederateConfig, fed, place, "federate.")
+        chosen = build(cls, method, place, "federate.method.")
+        federate = dataclasses.replace(federate, algorithm=name, method=chosen)
+        rest = build(Config, {k: v for k, v in raw.items() if k != "federate"} | _clients(raw, federate), place)
+        try:
+            return dataclasses.replace(rest, federate=federate)
+        except UserError as e:
+            raise UserError(place, str(e)) from e
+    return build(Config, raw, place)
+
+
+def _clients(raw: Mapping[str, Any], federate: FederateConfig) -> dict[str, Any]:
+    """A neutral [federate] for the first pass, so that only the real one is checked against [data]."""
+    return {"federate": {"clients_per_round": 1}}
+
+
+def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Plan:
+    """Read a TOML file: a configuration, and optionally ``seeds = [..]`` and ``[[arm]]`` tables with ``name`` and ``set``.
+
+    An arm's ``set`` holds dotted keys, for example ``set = { "federate.algorithm" = "fedprox", align = false }``.
+    ``overrides`` are dotted keys too and are applied last, to every arm.
+    """
+    raw = read_toml(path)
+    place = str(path)
+    arms = raw.pop("arm", [{}])
+    seeds = raw.pop("seeds", None)
+    if seeds is not None and (not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds)):
+        raise UserError(f"{place}: seeds", f"expected a list of whole numbers, got {seeds!r}")
+    raw.setdefault("experiment", path.stem)
+    raw.setdefault("name", path.stem)
+    runs: list[Config] = []
+    names: list[str] = []
+    for i, arm in enumerate(arms):
+        unknown = set(arm) - {"name", "set"} if isinstance(arm, dict) else {"arm"}
+        if unknown or (len(arms) > 1 and "name" not in arm):
+            raise UserError(f"{place}: [[arm]] number {i + 1}", "needs `name`, and optionally `set`, and nothing else")
+        for seed in seeds if seeds is not None else [raw.get("seed", 0)]:
+            one = copy.deepcopy(raw)
+            for key, value in {**arm.get("set", {}), **(overrides or {})}.items():
+                set_dotted(one, key, value)
+            if "seed" not in (overrides or {}):
+                one["seed"] = seed
+            if "name" in arm:
+                one["name"] = arm["name"]
+            runs.append(from_dict(one, place))
+        names.append(arm.get("name", raw["name"]))
+    if len(set(names)) != len(names):
+        raise UserError(f"{place}: [[arm]]", "two arms have the same name")
+    return Plan(path, tuple(runs), tuple(names))

@@ -1,0 +1,22 @@
+"""The one evaluator: test images through the deployed weights, un-augmented, in evaluation mode."""
+
+from __future__ import annotations
+
+import torch
+
+from mllm_fl.algorithms.base import Task
+from mllm_fl.data.images import ImageSet
+from mllm_fl.metrics import Confusion
+from mllm_fl.trees import Tree
+
+
+@torch.no_grad()
+def evaluate(task: Task, w: Tree, images: ImageSet, batch_size: int = 500) -> Confusion:
+    """Confusion matrix of the model ``w`` on ``images``; ``w`` is not changed."""
+    classes = len(task.class_names)
+    total = Confusion(torch.zeros(classes, classes, dtype=torch.int64))
+    labels = torch.from_numpy(images.labels)
+    for batch in torch.arange(len(images)).split(batch_size):
+        logits = task.forward(w, images.normalised(batch.tolist()), train=False)[1]
+        total = total + Confusion.of(labels[batch], logits.argmax(1), classes)
+    return total

@@ -1,0 +1,117 @@
+"""The only client loop. Every engine calls it, so that every engine trains the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Shard, Task, Update
+from mllm_fl.data.augment import augment
+from mllm_fl.errors import UserError
+from mllm_fl.trees import Tree, clone, prefixed, under
+
+_BN = "batch_norm/"  # where the client's own running statistics lie in its memory
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """``[federate.local]``: one client's training in one round; the defaults are CReFF's (PROTOCOL: lr 0.1, 10 epochs).
+
+    ``augment``: random crop (zero padding of an eighth of the side) and horizontal flip. ``aug_mode``: "batch" draws one
+    offset and one flip for the whole batch, as CReFF's code does; "sample" draws them per image.
+    """
+
+    epochs: int = 10
+    batch_size: int = 32
+    lr: float = 0.1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
+    aug_mode: Literal["batch", "sample"] = "batch"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"federate.local.{name}", f"{getattr(self, name)} is below 1")
+        if not 0 < self.lr <= 1000:
+            raise UserError("federate.local.lr", f"{self.lr} is not in (0, 1000]")
+        if not 0 <= self.momentum < 1:
+            raise UserError("federate.local.momentum", f"{self.momentum} is not in [0, 1)")
+        if not self.weight_decay >= 0:
+            raise UserError("federate.local.weight_decay", f"{self.weight_decay} is negative")
+
+
+def augmented(x: Tensor, config: LocalConfig, generator: torch.Generator) -> Tensor:
+    """The batch (b, 3, h, w), normalised, as a client sees it while training."""
+    if config.augment == "none":
+        return x
+    padding = max(1, x.shape[-1] // 8)
+    return augment(x, generator, padding=padding, flip=config.augment == "crop-flip", mode=config.aug_mode)
+
+
+def train_client(
+    task: Task,
+    algorithm: Algorithm,
+    msg: Broadcast,
+    mine: Tree,
+    shard: Shard,
+    config: LocalConfig,
+    batch_norm: str = "average",
+) -> tuple[Update, Tree]:
+    """One client's round: local SGD from the broadcast weights; returns what it sends and what it remembers.
+
+    Batches are a fresh permutation each epoch from the stream (run, "shuffle", round, client), the last partial batch
+    is kept, augmentation draws from (run, "augment", round, client). The optimiser is fresh every round.
+    """
+    trainable = task.trainable
+    w = clone(msg.w)
+    kept = under(mine, _BN)
+    mine = {k: v for k, v in mine.items() if not k.startswith(_BN)}
+    _begin_batch_norm(w, kept, batch_norm)
+    mine = algorithm.begin(task, msg, mine, shard)
+    for k in trainable:
+        w[k].requires_grad_(True)
+    params = [w[k] for k in trainable]
+    optimiser = torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    shuffle, draws = shard.stream("shuffle"), shard.stream("augment")
+    y_all = shard.y
+    x_all = shard.x(range(len(shard))) if _fits(shard) else None
+    loss_sum, steps = 0.0, 0
+    for _ in range(config.epochs):
+        order = torch.randperm(len(shard), generator=shuffle)
+        for batch in order.split(config.batch_size):
+            x = x_all[batch] if x_all is not None else shard.x(batch.tolist())
+            loss = algorithm.objective(task, w, msg, mine, augmented(x, config, draws), y_all[batch])
+            grads = dict(zip(trainable, torch.autograd.grad(loss, params, allow_unused=True), strict=True))
+            grads = {k: torch.zeros_like(w[k]) if g is None else g for k, g in grads.items()}
+            for k, g in algorithm.correct(grads, msg, mine).items():
+                w[k].grad = g
+            optimiser.step()
+            loss_sum += float(loss.detach())
+            steps += 1
+    w = {k: v.detach() for k, v in w.items()}
+    update, remembered = algorithm.finish(task, Local(shard.client, w, steps, loss_sum / max(steps, 1), shard), msg, mine)
+    if batch_norm == "local":
+        buffers = {k: v.clone() for k, v in w.items() if k not in set(trainable)}
+        remembered = {**remembered, **prefixed(buffers, _BN)}
+    return update._replace(metrics={"steps": float(steps), **update.metrics}), remembered
+
+
+def _begin_batch_norm(w: Tree, kept: Tree, policy: str) -> None:
+    """Put in place the running statistics that the client starts from; ``w`` is the client's own copy."""
+    if policy == "local":
+        w.update(clone(kept))
+    elif policy == "reset":
+        for k, v in w.items():
+            if k.endswith("running_mean") or k.endswith("num_batches_tracked"):
+                v.zero_()
+            elif k.endswith("running_var"):
+                v.fill_(1)
+
+
+def _fits(shard: Shard, limit: int = 64 << 20) -> bool:
+    """Whether the whole shard, normalised, stays below ``limit`` bytes."""
+    return len(shard) == 0 or shard.images.read([0]).numel() * 4 * len(shard) <= limit

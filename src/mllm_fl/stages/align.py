@@ -1,0 +1,138 @@
+"""Stage 3, global alignment: after aggregation the server trains on a small class-balanced set.
+
+MLLM-LLaVA-FL (arXiv:2409.06067), §3.3:
+
+    (5)  w_agg <- w_agg - eta grad L_align(w_agg; D_align)
+    (6)  L_align = L_ce(y, p) + beta KL(q || p),   p the model's output, q CLIP's zero-shot output
+
+The paper gives no size, optimiser, step count or moment. Ours: SGD, all parameters, BatchNorm statistics frozen (a few
+hundred images would bias them), after every aggregation, the aligned model is what the next round broadcasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mllm_fl.algorithms.base import Task
+from mllm_fl.data.images import ImageSet
+from mllm_fl.engines.local import LocalConfig, augmented
+from mllm_fl.errors import UserError
+from mllm_fl.losses import alignment
+from mllm_fl.trees import Tree, clone
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """``[align]``: the alignment of the aggregated model.
+
+    ``source``: "glyphs" (rendered for the class names), "leftover" (training images outside the long-tailed subset), or
+    ``folder:PATH``. ``when``: after every aggregation, or once after the last. ``parameters``: what eq. (5) updates.
+    """
+
+    source: str = "leftover"
+    per_class: int = 100
+    beta: float = 1.0
+    temperature: float = 1.0
+    lr: float = 0.01
+    momentum: float = 0.0
+    steps: int = 100
+    batch_size: int = 32
+    when: Literal["every-round", "end"] = "every-round"
+    parameters: Literal["all", "head"] = "all"
+    freeze_batch_norm: bool = True
+    augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("per_class", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"align.{name}", f"{getattr(self, name)} is below 1", "leave [align] out to switch alignment off")
+        if not self.beta >= 0:
+            raise UserError("align.beta", f"{self.beta} is negative", "0 is cross-entropy alone")
+        if not self.temperature > 0:
+            raise UserError("align.temperature", f"{self.temperature} is not positive")
+        if not 0 < self.lr <= 1000:
+            raise UserError("align.lr", f"{self.lr} is not in (0, 1000]")
+
+
+def balanced(images: ImageSet, per_class: int, generator: torch.Generator) -> ImageSet:
+    """``per_class`` images of every class, drawn without replacement.
+
+    Raises:
+        UserError: a class has fewer; names it and both numbers.
+    """
+    labels = torch.from_numpy(images.labels)
+    chosen: list[int] = []
+    for c, name in enumerate(images.class_names):
+        mine = torch.nonzero(labels == c).flatten()
+        if len(mine) < per_class:
+            raise UserError("align.per_class", f"class {name!r} has {len(mine)} images in {images.name}, {per_class} asked for", "ask for fewer")
+        chosen += mine[torch.randperm(len(mine), generator=generator)[:per_class]].tolist()
+    return images.subset(chosen, f"{images.name}, {per_class} a class")
+
+
+@dataclass(frozen=True)
+class Aligner:
+    """D_align with its teacher logits: ``x`` (n, 3, h, w) normalised, ``y`` (n,), ``q_logits`` (n, C); ready to be applied."""
+
+    config: AlignConfig
+    x: Tensor
+    y: Tensor
+    q_logits: Tensor
+
+    def __call__(self, task: Task, w: Tree, round: int) -> tuple[Tree, float]:
+        """The aligned weights (eq. 5), and the mean alignment loss over the steps. ``w`` is not changed."""
+        c = self.config
+        w = clone(w)
+        names = [k for k in task.trainable if c.parameters == "all" or k.startswith("classifier.")]
+        for k in names:
+            w[k].requires_grad_(True)
+        optimiser = torch.optim.SGD([w[k] for k in names], lr=c.lr, momentum=c.momentum)
+        draws = task.stream("align", round)
+        view = LocalConfig(augment=c.augment, aug_mode="sample")
+        order = torch.empty(0, dtype=torch.int64)
+        total = 0.0
+        for _ in range(c.steps):
+            if len(order) < min(c.batch_size, len(self.y)):
+                order = torch.cat([order, torch.randperm(len(self.y), generator=draws)])
+            batch, order = order[: c.batch_size], order[c.batch_size :]
+            x = augmented(self.x[batch], view, draws)
+            logits = task.forward(w, x, train=not c.freeze_batch_norm)[1]
+            loss = alignment(logits, self.y[batch], self.q_logits[batch], c.beta, c.temperature)  # eq. (6)
+            optimiser.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss, inputs=[w[k] for k in names])
+            optimiser.step()  # eq. (5)
+            total += float(loss.detach())
+        return {k: v.detach() for k, v in w.items()}, total / c.steps
+
+
+ZeroShot = Callable[[Tensor], Tensor]  # uint8 images (n, 3, h, w) -> logits (n, C)
+
+
+def make_aligner(config: AlignConfig, images: ImageSet, teacher: ZeroShot | None, *, refuse_below: float = 2.0) -> Aligner:
+    """D_align and q = CLIP's zero-shot logits on it, computed once: the teacher sees images un-augmented.
+
+    Raises:
+        UserError: the teacher's zero-shot accuracy on D_align is below ``refuse_below`` times chance: it would teach noise.
+    """
+    every = range(len(images))
+    y = torch.from_numpy(images.labels)
+    classes = len(images.class_names)
+    if teacher is None or config.beta == 0:
+        return Aligner(config, images.normalised(every), y, torch.zeros(len(images), classes))
+    q = teacher(images.read(every))
+    if q.shape != (len(images), classes):
+        raise UserError("teacher", f"zero-shot logits have shape {tuple(q.shape)}, expected {(len(images), classes)}")
+    accuracy = float((q.argmax(1) == y).double().mean())
+    if accuracy < refuse_below / classes:
+        raise UserError(
+            "teacher",
+            f"zero-shot accuracy on the alignment images is {accuracy:.1%}, below {refuse_below:g} x chance ({refuse_below / classes:.1%})",
+            "check the class names, the prompts and the teacher; beta = 0 aligns without it",
+        )
+    return Aligner(config, images.normalised(every), y, q.float())

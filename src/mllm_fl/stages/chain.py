@@ -1,0 +1,207 @@
+"""The three stages, chained: what ``mllm-fl run`` does for one configuration.
+
+What arms and seeds have in common is done once: the corpus and the pretrained weights lie in folders named by the hash of
+what they depend on, beside the runs that use them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mllm_fl.algorithms.base import Task
+from mllm_fl.config import Config
+from mllm_fl.data.check import leaks
+from mllm_fl.data.federation import Federation
+from mllm_fl.data.federation import build as build_federation
+from mllm_fl.data.folder import load_folder
+from mllm_fl.data.glyphs import glyph_set
+from mllm_fl.data.images import ImageSet
+from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
+from mllm_fl.errors import UserError
+from mllm_fl.events import Event, Progress, silent
+from mllm_fl.models.network import Network, build_network
+from mllm_fl.models.teacher.clip import load_clip
+from mllm_fl.runs import RunFolder, config_hash, environment
+from mllm_fl.seeds import seed_of, stream
+from mllm_fl.stages.align import Aligner, balanced, make_aligner
+from mllm_fl.stages.annotate import annotate
+from mllm_fl.stages.federate import federate, outcome
+from mllm_fl.stages.pretrain import pretrain
+from mllm_fl.toml import to_dict
+from mllm_fl.trees import Tree, clone
+
+
+def run_path(config: Config, root: Path) -> Path:
+    """``root/experiment/name-hash``, the folder of this configuration's run."""
+    return root / config.experiment / f"{config.name}-{config_hash(config.resolved())}"
+
+
+def corpus_path(config: Config, root: Path) -> Path:
+    """The folder of the corpus that this configuration annotates; equal for runs that ask for equal corpora."""
+    assert config.annotate is not None
+    return root / config.experiment / f"corpus-{config_hash(to_dict(config.annotate))}"
+
+
+def pretrain_path(config: Config, root: Path) -> Path:
+    """The folder of the pretrained weights; equal for runs that pretrain equally from equal corpora and seeds."""
+    assert config.pretrain is not None
+    depends = {
+        "pretrain": to_dict(config.pretrain), "annotate": to_dict(config.annotate) if config.annotate else None,
+        "model": to_dict(config.model), "seed": config.seed, "data": config.data.source, "size": config.data.image_size,
+    }  # fmt: skip
+    return root / config.experiment / f"pretrain-{config_hash(depends)}"
+
+
+def annotate_stage(config: Config, root: Path, progress: Progress = silent) -> Path:
+    """Stage 1a: make (or find) the corpus; returns its folder."""
+    if config.annotate is None:
+        raise UserError("annotate", "no [annotate] table", "add [annotate], or leave [pretrain] out")
+    path = corpus_path(config, root)
+    annotate(config.annotate, path, progress)
+    return path
+
+
+def pretrain_stage(config: Config, root: Path, progress: Progress = silent) -> Tree:
+    """Stage 1b: the compact network's weights after pretraining on the corpus (backbone and adapter; a fresh classifier)."""
+    assert config.pretrain is not None
+    corpus = annotate_stage(config, root, progress)
+    network = _network(config)
+    return pretrain(config.pretrain, network, corpus, pretrain_path(config, root), seed=config.seed, progress=progress)
+
+
+def _network(config: Config) -> Network:
+    classes = len(_class_names(config))
+    return build_network(config.model, classes, config.seed)
+
+
+def _class_names(config: Config) -> tuple[str, ...]:
+    return federation_of(config).class_names
+
+
+_federations: dict[str, Federation] = {}
+
+
+def federation_of(config: Config) -> Federation:
+    """The federation of [data]; built once per process for equal tables."""
+    key = config_hash(to_dict(config.data))
+    if key not in _federations:
+        _federations.clear()
+        _federations[key] = build_federation(config.data)
+    return _federations[key]
+
+
+def alignment_images(config: Config, federation: Federation) -> ImageSet:
+    """D_align: class-balanced server images from the source that [align] names, normalised like the clients' images."""
+    assert config.align is not None
+    c = config.align
+    if c.source == "glyphs":
+        size = federation.test.read([0]).shape[-1]
+        images = glyph_set(federation.class_names, c.per_class, c.seed, image_size=size)
+        return dataclasses.replace(images, mean=federation.train.mean, std=federation.train.std)
+    if c.source == "leftover":
+        return balanced(federation.leftover, c.per_class, stream(c.seed, "d_align"))
+    if c.source.startswith("folder:"):
+        size = federation.test.read([0]).shape[-1]
+        images = load_folder(Path(c.source.removeprefix("folder:")), size)
+        if images.class_names != federation.class_names:
+            missing = [n for n in federation.class_names if n not in images.class_names]
+            raise UserError("align.source", f"its classes do not match the federation's (missing: {missing[:5]})", "one folder a class, same names")
+        images = dataclasses.replace(images, mean=federation.train.mean, std=federation.train.std)
+        return balanced(images, c.per_class, stream(c.seed, "d_align"))
+    raise UserError("align.source", f"unknown source {c.source!r}", "use glyphs, leftover or folder:PATH")
+
+
+def aligner_of(config: Config, federation: Federation) -> tuple[Aligner, ImageSet] | tuple[None, None]:
+    """Stage 3 made ready: D_align and the teacher's zero-shot logits on it; (None, None) when [align] is off."""
+    if config.align is None:
+        return None, None
+    images = alignment_images(config, federation)
+    teacher = None
+    if config.align.beta > 0:
+        clip = load_clip(config.teacher.name)
+
+        def teacher(x: torch.Tensor) -> torch.Tensor:
+            return clip.zero_shot(x, federation.class_names, config.teacher.templates or None)
+
+    return make_aligner(config.align, images, teacher), images
+
+
+def run(config: Config, root: Path, *, progress: Progress = silent, command: str = "") -> dict[str, Any]:
+    """All stages of one configuration; returns final.json's content, from the folder when the run is already finished.
+
+    Raises:
+        UserError: bad input of any kind; test images in D_align beyond ``data.leaks_declared``.
+    """
+    torch.set_num_threads(1)
+    path = run_path(config, root)
+    with RunFolder(path, config.resolved()) as folder:
+        if folder.final is not None:
+            return folder.final
+        started = time.perf_counter()
+        seconds: dict[str, float] = {}
+        federation = federation_of(config)
+        network = _network(config)
+        w: Tree = clone(network.state_dict())
+        if config.pretrain is not None:
+            w = fit(pretrain_stage(config, root, progress), w, pretrain_path(config, root))
+            seconds["pretrain"] = time.perf_counter() - started
+        progress(Event("prepare", 0, 1, "alignment images and teacher logits"))
+        aligner, aligned_on = aligner_of(config, federation)
+        found = {"train/test": leaks(federation.train.subset(sorted({i for c in federation.clients for i in c})), federation.test)}
+        if aligned_on is not None:
+            found["align/test"] = leaks(aligned_on, federation.test)
+        total = sum(found.values())
+        if total > config.data.leaks_declared:
+            raise UserError(
+                "data.leaks_declared",
+                f"{total} images are also in the test set ({', '.join(f'{k}: {v}' for k, v in found.items())})",
+                f"remove them, or declare them: data.leaks_declared = {total}",
+            )
+        federation.manifest.save(path / "manifest.json")
+        folder.write_json("env.json", environment() | {"command": command})
+        task = Task(network, federation.class_names, tuple(len(c) for c in federation.clients), config.seed)
+        state = federate(
+            config.federate, task, federation, w, folder, batch_norm=config.model.batch_norm, aligner=aligner, progress=progress
+        )
+        final = outcome(config.federate, task, state, federation.test, federation.groups, folder)
+        save_model(path / "model.safetensors", config.federate.method.deploy(task, state), config, federation)
+        final = {
+            "experiment": config.experiment, "name": path.name, "arm": config.name, "seed": config.seed,
+            "config_hash": config_hash(config.resolved()), "class_counts": federation.class_counts,
+            "groups": federation.groups_record, "stages": {"pretrain": config.pretrain is not None, "align": config.align is not None},
+            "align": None if aligned_on is None else {"source": aligned_on.name, "images": len(aligned_on)},
+            "manifest_sha256": federation.manifest.sha256, "leaks": found, "environment": environment(), "command": command,
+            **final,
+        }  # fmt: skip
+        final["seconds"] |= seconds | {"total": time.perf_counter() - started}
+        folder.write_json("final.json", final)
+        folder.event("finished")
+        return final
+
+
+def save_model(path: Path, w: Tree, config: Config, federation: Federation) -> None:
+    """The deployable model: weights, and beside them all that is needed to use them (classes in order, normalisation, network)."""
+    size = list(federation.test.read([0]).shape[-2:])
+    record = {
+        "class_names": list(federation.class_names), "mean": list(federation.train.mean), "std": list(federation.train.std),
+        "image_size": size, "model": to_dict(config.model),
+    }  # fmt: skip
+    save_checkpoint(path, w, record)
+
+
+def load_model(path: Path) -> tuple[Network, dict[str, Any]]:
+    """A network in evaluation mode from ``model.safetensors``, and its record (class names, normalisation, image size)."""
+    from mllm_fl.models.network import ModelConfig
+
+    tensors, record = load_checkpoint(path)
+    network = build_network(ModelConfig(**record["model"]), len(record["class_names"]), 0)
+    network.load_state_dict(fit(tensors, clone(network.state_dict()), path))
+    return network.eval(), record
+
+
+__all__ = ["run", "run_path", "annotate_stage", "pretrain_stage", "aligner_of", "federation_of", "load_model", "seed_of"]

@@ -1,0 +1,251 @@
+"""Stage 2, federated finetuning: the round loop, whatever the algorithm.
+
+MLLM-LLaVA-FL (arXiv:2409.06067), §3.2: clients minimise their loss by local steps (eq. 3), the server averages what
+the online clients send, weighted by their images (eq. 4); any method may take FedAvg's place. If stage 3 is on, every
+aggregated model is aligned before it is evaluated and broadcast.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from mllm_fl.algorithms import find
+from mllm_fl.algorithms.base import Algorithm, FedAvg, Server, Shard, Task, Update
+from mllm_fl.data.federation import Federation
+from mllm_fl.data.images import ImageSet
+from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
+from mllm_fl.engines.evaluate import evaluate
+from mllm_fl.engines.local import LocalConfig
+from mllm_fl.engines.serial import run_clients
+from mllm_fl.errors import UserError
+from mllm_fl.events import Event, Progress, silent
+from mllm_fl.metrics import summarise
+from mllm_fl.runs import RunFolder, read_rows
+from mllm_fl.seeds import numpy_stream
+from mllm_fl.stages.align import Aligner
+from mllm_fl.trees import Tree, nbytes, prefixed, under, why_invalid, why_not_finite
+
+
+@dataclass(frozen=True)
+class FederateConfig:
+    """``[federate]``: the federation's schedule. ``[federate.method]`` holds the algorithm's own fields.
+
+    ``sampling``: "creff" draws the online clients from one legacy NumPy stream seeded with the data seed, as CReFF's code
+    does; "uniform" from the named stream (run, "sampling", round). Evaluated every ``evaluate_every`` rounds and in each of the
+    last ``evaluate_last``. ``limit``: an update with a value beyond it in magnitude is dropped.
+    """
+
+    algorithm: str = "fedavg"
+    rounds: int = 200
+    clients_per_round: int = 8
+    sampling: Literal["creff", "uniform"] = "creff"
+    evaluate_every: int = 1
+    evaluate_last: int = 10
+    checkpoint_every: int = 1
+    limit: float = 1e6
+    engine: Literal["serial"] = "serial"
+    local: LocalConfig = field(default_factory=LocalConfig)
+    method: Algorithm = field(default_factory=FedAvg)
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "clients_per_round", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"federate.{name}", f"{getattr(self, name)} is below 1")
+        if not isinstance(self.method, find(self.algorithm)):
+            raise UserError("federate.method", f"holds a {type(self.method).__name__}, but federate.algorithm is {self.algorithm!r}")
+
+
+def online_clients(config: FederateConfig, clients: int, data_seed: int, seed: int) -> Iterator[list[int]]:
+    """The clients of round 1, 2, ..., each a sorted list of ``clients_per_round`` distinct clients."""
+    legacy = np.random.RandomState(data_seed)
+    for t in itertools.count(1):
+        if config.sampling == "creff":
+            chosen = legacy.choice(clients, config.clients_per_round, replace=False)
+        else:
+            chosen = numpy_stream(seed, "sampling", t).choice(clients, config.clients_per_round, replace=False)
+        yield sorted(int(k) for k in chosen)
+
+
+def federate(
+    config: FederateConfig,
+    task: Task,
+    federation: Federation,
+    w: Tree,
+    run: RunFolder,
+    *,
+    batch_norm: str = "average",
+    aligner: Aligner | None = None,
+    progress: Progress = silent,
+) -> Server:
+    """Run or resume the rounds from the weights ``w``; rows go to the run folder as they come.
+
+    Returns the server's state after the last round. Killed at any moment and called again with the same arguments, it
+    ends with the same bytes in its weights, rounds.jsonl and clients.jsonl.
+
+    Raises:
+        UserError: more online clients than clients; a damaged checkpoint or one of another model.
+    """
+    if config.clients_per_round > len(task.population):
+        raise UserError(
+            "federate.clients_per_round", f"{config.clients_per_round} online clients, but the federation has {len(task.population)}"
+        )
+    state = config.method.init(task, w)
+    memory: dict[int, Tree] = {}
+    checkpoint = run.path / "checkpoint.safetensors"
+    lengths: dict[str, int] = {}
+    if checkpoint.exists():
+        state, memory, lengths = _load(checkpoint, state)
+        run.event("resumed", round=state.round)
+    run.rewind(lengths)
+    draws = online_clients(config, len(task.population), federation.manifest.seed, task.seed)
+    note = ""
+    for t, online in zip(range(1, config.rounds + 1), draws, strict=False):
+        if t <= state.round:
+            continue
+        state, memory, row = _round(config, task, federation, state, memory, online, run, batch_norm, aligner)
+        run.append("rounds.jsonl", [row])
+        if t % config.checkpoint_every == 0 or t == config.rounds:
+            _save(checkpoint, state, memory, run.lengths())
+        if row["accuracy"] is not None:
+            note = f"accuracy {row['accuracy']:.1%}"
+        progress(Event("federate", t, config.rounds, note))
+    return state
+
+
+def _round(
+    config: FederateConfig,
+    task: Task,
+    federation: Federation,
+    state: Server,
+    memory: dict[int, Tree],
+    online: list[int],
+    run: RunFolder,
+    batch_norm: str,
+    aligner: Aligner | None,
+) -> tuple[Server, dict[int, Tree], dict[str, Any]]:
+    t = state.round + 1
+    start = time.perf_counter()
+    msg = config.method.broadcast(state)
+    down = nbytes(msg.w) + nbytes(msg.extra)
+    shards = [Shard(k, t, federation.client(k), task.seed) for k in online if len(federation.clients[k])]
+    rows: list[dict[str, Any]] = []
+    memory = dict(memory)
+    client_seconds = 0.0
+
+    def valid() -> Iterator[Update]:
+        nonlocal client_seconds
+        for reply in run_clients(task, config.method, msg, shards, memory, config.local, batch_norm):
+            client_seconds += reply.seconds
+            u = reply.update
+            reason = _why_rejected(u, msg.w, config.limit)
+            rows.append(
+                {
+                    "round": t, "client": u.client, "samples": len(federation.clients[u.client]), "steps": int(u.metrics.get("steps", 0)),
+                    "loss": _finite(u.metrics.get("loss")), "weight": _finite(u.weight), "status": "rejected" if reason else "ok",
+                    "reason": reason, "bytes_up": nbytes(u.w) + nbytes(u.extra), "bytes_down": down,
+                }  # fmt: skip
+            )
+            if reason:
+                run.event("update rejected", round=t, client=u.client, reason=reason)
+            else:
+                memory[u.client] = reply.memory
+                yield u
+
+    updates = valid()
+    first = next(updates, None)
+    if first is None:
+        run.event("no valid update: the global weights stay", round=t)
+        state = replace(state, round=t)
+    else:
+        state = replace(config.method.server(task, state, itertools.chain([first], updates)), round=t)
+    aggregated = time.perf_counter()
+    evaluated = t % config.evaluate_every == 0 or t > config.rounds - config.evaluate_last
+    before, align_loss = None, None
+    if aligner is not None and (aligner.config.when == "every-round" or t == config.rounds):
+        if t == config.rounds:
+            before = evaluate(task, config.method.deploy(task, state), federation.test).scores({})["accuracy"]
+        w, align_loss = aligner(task, state.w, t)
+        problem = why_not_finite({k: v for k, v in w.items() if v.dtype.is_floating_point}, config.limit)
+        if problem:
+            raise UserError("align.lr", f"alignment diverged in round {t} ({problem})", "lower align.lr or align.steps")
+        state = replace(state, w=w)
+    aligned = time.perf_counter()
+    row: dict[str, Any] = {"round": t, "clients": online, "evaluated": evaluated}
+    if evaluated:
+        row |= evaluate(task, config.method.deploy(task, state), federation.test).scores(federation.groups)
+    else:
+        row |= dict.fromkeys(("accuracy", "class_weighted", "per_class", "many", "medium", "few"))
+    ok = [r for r in rows if r["status"] == "ok"]
+    row |= {
+        "train_loss": sum(r["loss"] * r["weight"] for r in ok if r["loss"] is not None) / sum(r["weight"] for r in ok) if ok else None,
+        "bytes_up": sum(r["bytes_up"] for r in rows),
+        "bytes_down": sum(r["bytes_down"] for r in rows),
+        "rejected": len(rows) - len(ok),
+        "accuracy_before_align": before,
+        "align_loss": align_loss,
+    }
+    run.append("clients.jsonl", rows)
+    now = time.perf_counter()
+    run.append(
+        "timings.jsonl",
+        [
+            {
+                "round": t, "client_seconds": client_seconds, "server_seconds": aggregated - start - client_seconds,
+                "align_seconds": aligned - aggregated, "eval_seconds": now - aligned,
+            }  # fmt: skip
+        ],
+    )
+    return state, memory, row
+
+
+def _why_rejected(u: Update, like: Tree, limit: float) -> str | None:
+    if not (0 < u.weight < float("inf")):
+        return f"weight {u.weight}"
+    return why_invalid(u.w, like, limit) or why_not_finite({k: v for k, v in u.extra.items() if v.dtype.is_floating_point}, float("inf"))
+
+
+def _finite(v: float | None) -> float | None:
+    return float(v) if v is not None and np.isfinite(v) else None
+
+
+def _save(path: Any, state: Server, memory: dict[int, Tree], lengths: dict[str, int]) -> None:
+    tensors = prefixed(state.w, "w/") | prefixed(state.extra, "extra/")
+    for k, mine in memory.items():
+        tensors |= prefixed(mine, f"memory/{k}/")
+    save_checkpoint(path, tensors, {"round": state.round, "lengths": lengths, "remembering": sorted(memory)})
+
+
+def _load(path: Any, fresh: Server) -> tuple[Server, dict[int, Tree], dict[str, int]]:
+    tensors, record = load_checkpoint(path)
+    w = fit(under(tensors, "w/"), fresh.w, path)
+    memory = {int(k): under(tensors, f"memory/{k}/") for k in record["remembering"]}
+    return Server(w, under(tensors, "extra/"), int(record["round"])), memory, record["lengths"]
+
+
+def outcome(config: FederateConfig, task: Task, state: Server, test: ImageSet, groups: Any, run: RunFolder) -> dict[str, Any]:
+    """The numbers of a finished run, for final.json: last round, mean of the last 20, maximum, EMA, bytes, seconds."""
+    rows, timings = read_rows(run.path / "rounds.jsonl"), read_rows(run.path / "timings.jsonl")
+    confusion = evaluate(task, config.method.deploy(task, state), test)
+    seconds = {name: sum(r[f"{key}_seconds"] for r in timings) for name, key in
+               (("clients", "client"), ("server", "server"), ("align", "align"), ("evaluate", "eval"))}  # fmt: skip
+    return {
+        "algorithm": config.algorithm,
+        "rounds": config.rounds,
+        "class_names": list(task.class_names),
+        "last": confusion.scores(groups) | {"confusion": confusion.counts.tolist()},
+        **summarise([(r["round"], r["accuracy"]) for r in rows if r["accuracy"] is not None]),
+        "accuracy_before_align": rows[-1]["accuracy_before_align"],
+        "bytes_up": sum(r["bytes_up"] for r in rows),
+        "bytes_down": sum(r["bytes_down"] for r in rows),
+        "rejected": sum(r["rejected"] for r in rows),
+        "seconds": seconds,
+        "method": json.loads(json.dumps(vars(config.method))),
+        "uploads_beyond_weights": type(config.method).uploads,
+    }
