@@ -1,0 +1,126 @@
+"""One federation: training images, their long tail, who holds them, the test images, and what is left over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mllm_fl.data import manifest as manifests
+from mllm_fl.data.config import DataConfig
+from mllm_fl.data.images import ImageSet
+from mllm_fl.data.longtail import achieved_imbalance, long_tail
+from mllm_fl.data.manifest import Manifest
+from mllm_fl.data.partition import partition
+from mllm_fl.data.sources import load_source
+from mllm_fl.errors import UserError
+
+__all__ = ["DataConfig", "Federation", "build"]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """``train`` is the whole training set; ``manifest`` says which of its images each client holds."""
+
+    train: ImageSet
+    test: ImageSet
+    manifest: Manifest
+
+    @cached_property
+    def clients(self) -> list[list[int]]:
+        """Sorted indices into ``train``, one list per client."""
+        return [list(indices) for indices in self.manifest.clients]
+
+    def client(self, k: int) -> ImageSet:
+        """The images of client k."""
+        return self.train.subset(self.manifest.clients[k], f"{self.train.name} client {k}")
+
+    @cached_property
+    def subset(self) -> ImageSet:
+        """The long-tailed training images: those of all clients together, in ascending order."""
+        return self.train.subset(
+            sorted(i for indices in self.manifest.clients for i in indices), f"{self.train.name} long tail"
+        )
+
+    @cached_property
+    def leftover(self) -> ImageSet:
+        """Training images that no client holds; the largest class has none when the long tail keeps it whole."""
+        held = np.zeros(len(self.train), dtype=bool)
+        held[[i for indices in self.manifest.clients for i in indices]] = True
+        return self.train.subset(np.flatnonzero(~held).tolist(), f"{self.train.name} leftover")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names in label order."""
+        return self.train.class_names
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Images per class that the clients hold together."""
+        return list(self.manifest.class_counts)
+
+
+def build(config: DataConfig) -> Federation:
+    """The federation that a configuration describes; the same configuration and data give the same manifest."""
+    if config.source.startswith("pack:"):
+        from mllm_fl.data.pack import load_pack
+
+        packed = load_pack(config.source.removeprefix("pack:"), config.image_size)
+        _refuse_contradiction(config, packed.manifest, config.source)
+        return packed
+    train, test = load_source(config)
+    if config.manifest is not None:
+        manifest = manifests.load(config.manifest)
+        manifests.verify(manifest, train, config.manifest)
+        _refuse_contradiction(config, manifest, config.manifest)
+        return Federation(train, test, manifest)
+    return Federation(train, test, make_manifest(config, train))
+
+
+def make_manifest(config: DataConfig, train: ImageSet) -> Manifest:
+    """Cut the long tail, split it over the clients, and write down how."""
+    classes = len(train.class_names)
+    kept = long_tail(train.labels, classes, config.imbalance_factor, config.seed)
+    clients = partition(
+        kept,
+        how=config.partition,
+        clients=config.clients,
+        alpha=config.alpha,
+        seed=config.seed,
+        min_size=config.min_size,
+    )
+    counts = tuple(map(len, kept))
+    return Manifest(
+        dataset=train.name,
+        fingerprint=manifests.fingerprint(train),
+        images=len(train),
+        class_names=train.class_names,
+        imbalance_factor=config.imbalance_factor,
+        achieved_imbalance=achieved_imbalance(counts),
+        partition=config.partition,
+        alpha=config.alpha,
+        min_size=config.min_size,
+        seed=config.seed,
+        class_counts=counts,
+        subset_sha256=manifests.subset_sha256(kept),
+        clients=tuple(tuple(sorted(indices)) for indices in clients),
+    )
+
+
+def _refuse_contradiction(config: DataConfig, manifest: Manifest, place: object) -> None:
+    """A saved manifest decides; a key that was set to something else is a contradiction, a key left at its default is not."""
+    default = DataConfig()
+    for key, saved in (
+        ("imbalance_factor", manifest.imbalance_factor),
+        ("partition", manifest.partition),
+        ("alpha", manifest.alpha),
+        ("clients", len(manifest.clients)),
+        ("seed", manifest.seed),
+        ("min_size", manifest.min_size),
+    ):
+        asked = getattr(config, key)
+        if asked not in (saved, getattr(default, key)):
+            raise UserError(
+                f"data.{key}", f"{asked!r} contradicts {saved!r} in {place}", f"remove data.{key} or the manifest"
+            )
