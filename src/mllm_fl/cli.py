@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("config", type=Path, help="a TOML file, see experiments/")
         p.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go (default: ./runs)")
         p.add_argument("--arm", action="append", help="only this arm (may be repeated)")
+        p.add_argument("--seed", type=int, action="append", help="this seed instead of the file's (may be repeated)")
         p.add_argument("--jobs", type=int, default=1, help="runs at a time, each in its own process (default 1)")
         p.add_argument("--json-progress", action="store_true", help=argparse.SUPPRESS)
         p.epilog = "Any value of the configuration: --federate.rounds 3, --data.alpha 0.1, ... (`--help-config` lists them)"
@@ -100,6 +102,8 @@ def _stage(args: argparse.Namespace, rest: list[str]) -> int:
         raise UserError("--jobs", f"{args.jobs} is below 1")
     plan = load(args.config)
     configs = [c for c in plan.runs if not args.arm or c.name in args.arm]
+    if args.seed:
+        configs = list(dict.fromkeys(dataclasses.replace(c, seed=s) for s in args.seed for c in configs))
     missing = sorted(set(args.arm or []) - {c.name for c in plan.runs})
     if missing:
         raise UserError("--arm", f"{missing[0]!r} is not an arm of {args.config}", f"arms: {', '.join(plan.arms)}")
@@ -123,8 +127,6 @@ def _stage(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _one(verb: str, config: Config, root: Path, screen: Any, command: str) -> dict[str, Any] | None:
-    import dataclasses
-
     from mllm_fl.stages import chain
 
     progress = screen.progress(f"{config.name} seed {config.seed}")

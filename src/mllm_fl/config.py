@@ -88,17 +88,8 @@ def from_dict(raw: Mapping[str, Any], place: str) -> Config:
         federate = build(FederateConfig, fed, place, "federate.")
         chosen = build(cls, method, place, "federate.method.")
         federate = dataclasses.replace(federate, algorithm=name, method=chosen)
-        rest = build(Config, {k: v for k, v in raw.items() if k != "federate"} | _clients(raw, federate), place)
-        try:
-            return dataclasses.replace(rest, federate=federate)
-        except UserError as e:
-            raise UserError(place, str(e)) from e
-    return build(Config, raw, place)
-
-
-def _clients(raw: Mapping[str, Any], federate: FederateConfig) -> dict[str, Any]:
-    """A neutral [federate] for the first pass, so that only the real one is checked against [data]."""
-    return {"federate": {"clients_per_round": 1}}
+        return build(Config, {k: v for k, v in raw.items() if k != "federate"}, place, given={"federate": federate})
+    return build(Config, dict(raw), place)
 
 
 def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Plan:

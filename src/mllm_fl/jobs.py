@@ -73,7 +73,7 @@ def _plan(path: Path, configs: Sequence[Config], root: Path, rest: list[str]) ->
     first: dict[Path, _Job] = {}
     runs: list[_Job] = []
     for c in configs:
-        base = [str(path), "--runs", str(root), "--arm", c.name, "--json-progress", *rest, "--seed", str(c.seed)]
+        base = [str(path), "--runs", str(root), "--arm", c.name, "--seed", str(c.seed), "--json-progress", *rest]
         waits = None
         if c.pretrain is not None:
             waits = chain.pretrain_path(c, root)

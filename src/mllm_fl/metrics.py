@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mllm_fl.data.longtail import Groups
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Confusion:
     def __add__(self, other: Confusion) -> Confusion:
         return Confusion(self.counts + other.counts)
 
-    def scores(self, groups: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    def scores(self, groups: Groups | None) -> dict[str, Any]:
         """Accuracies as fractions: ``accuracy`` (over images), ``class_weighted``, ``per_class``, one per group.
 
         A class without test images has per-class accuracy None and stays out of the means; a group without such
@@ -40,7 +42,7 @@ class Confusion:
             "per_class": per_class,
         }
         for name in ("many", "medium", "few"):
-            out[name] = _mean([per_class[c] for c in groups.get(name, ())])
+            out[name] = _mean([per_class[c] for c in getattr(groups, name, ())])
         return out
 
 

@@ -60,6 +60,8 @@ class RunFolder:
         except OSError as e:
             raise UserError(path, f"the run folder cannot be written: {e.strerror}", "choose another with --runs DIR") from e
         try:
+            for leftover in path.glob(".*.tmp-*"):  # of a killed process; the lock says that nobody writes here now
+                leftover.unlink()
             config = path / "config.toml"
             if config.exists():
                 diff = differences(read_toml(config), json.loads(json.dumps(resolved)))

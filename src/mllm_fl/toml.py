@@ -37,11 +37,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(path, f"cannot be read: {e.strerror}") from e
 
 
-def build(cls: type[T], raw: dict[str, Any], place: str, prefix: str = "") -> T:
+def build(cls: type[T], raw: dict[str, Any], place: str, prefix: str = "", given: dict[str, Any] | None = None) -> T:
     """An instance of the dataclass ``cls`` from nested dicts; absent keys take the dataclass's defaults.
 
     ``place`` is the file, ``prefix`` the dotted path of this table. A table whose type is optional is switched on by
-    ``true`` or a table, and off by ``false`` or absence.
+    ``true`` or a table, and off by ``false`` or absence. ``given``: values that were built elsewhere.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -50,7 +50,7 @@ def build(cls: type[T], raw: dict[str, Any], place: str, prefix: str = "") -> T:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4) or [k for k in fields if k in key or key in k][:1]
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
             raise UserError(f"{place}: {prefix}{key}", "unknown key", hint)
-    kwargs = {}
+    kwargs = dict(given or {})
     for key, value in raw.items():
         kwargs[key] = _value(hints[key], value, place, f"{prefix}{key}")
     try:

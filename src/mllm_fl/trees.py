@@ -63,7 +63,9 @@ def weighted_mean(items: Iterable[tuple[float, Mapping[str, Tensor]]]) -> Tree:
     Raises:
         ValueError: no tree, or the weights sum to zero.
     """
-    total, acc, dtypes = 0.0, {}, {}
+    total = 0.0
+    acc: Tree = {}
+    dtypes: dict[str, torch.dtype] = {}
     for weight, a in items:
         total += weight
         for k, v in a.items():

@@ -44,7 +44,7 @@ class _Selected:
         return len(self.positions)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        return self.pixels.read(self.positions[np.asarray(indices, dtype=np.int64)])
+        return self.pixels.read(self.positions[np.asarray(indices, dtype=np.int64)].tolist())
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ImageSet:
 
     def class_counts(self) -> list[int]:
         """Number of images of each class."""
-        return np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+        return [int(n) for n in np.bincount(self.labels, minlength=len(self.class_names))]
 
     def hashes(self) -> list[str]:
         """SHA-256 of each image's pixels and shape, in order: the identity used by every leak check."""

@@ -16,7 +16,7 @@ def evaluate(task: Task, w: Tree, images: ImageSet, batch_size: int = 500) -> Co
     classes = len(task.class_names)
     total = Confusion(torch.zeros(classes, classes, dtype=torch.int64))
     labels = torch.from_numpy(images.labels)
-    for batch in torch.arange(len(images)).split(batch_size):
+    for batch in torch.split(torch.arange(len(images)), batch_size):
         logits = task.forward(w, images.normalised(batch.tolist()), train=False)[1]
         total = total + Confusion.of(labels[batch], logits.argmax(1), classes)
     return total

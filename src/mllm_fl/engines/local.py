@@ -82,7 +82,7 @@ def train_client(
     loss_sum, steps = 0.0, 0
     for _ in range(config.epochs):
         order = torch.randperm(len(shard), generator=shuffle)
-        for batch in order.split(config.batch_size):
+        for batch in torch.split(order, config.batch_size):
             x = x_all[batch] if x_all is not None else shard.x(batch.tolist())
             loss = algorithm.objective(task, w, msg, mine, augmented(x, config, draws), y_all[batch])
             grads = dict(zip(trainable, torch.autograd.grad(loss, params, allow_unused=True), strict=True))

@@ -25,7 +25,7 @@ def _zoo(name: str) -> Any:
     except RuntimeError as e:
         if "torchvision::nms" not in str(e):
             raise
-        _declared.append(torch.library.Library("torchvision", "DEF"))
+        _declared.append(torch.library.Library("torchvision", "DEF"))  # type: ignore[no-untyped-call]
         _declared[-1].define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared[-1].define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         return importlib.import_module(name)

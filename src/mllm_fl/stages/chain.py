@@ -18,16 +18,19 @@ from mllm_fl.config import Config
 from mllm_fl.data.check import leaks
 from mllm_fl.data.federation import Federation
 from mllm_fl.data.federation import build as build_federation
-from mllm_fl.data.folder import load_folder
+from mllm_fl.data.folder import all_images
 from mllm_fl.data.glyphs import glyph_set
 from mllm_fl.data.images import ImageSet
+from mllm_fl.data.longtail import groups
+from mllm_fl.data.manifest import save as save_manifest
 from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
+from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
 from mllm_fl.models.network import Network, build_network
 from mllm_fl.models.teacher.clip import load_clip
 from mllm_fl.runs import RunFolder, config_hash, environment
-from mllm_fl.seeds import seed_of, stream
+from mllm_fl.seeds import stream
 from mllm_fl.stages.align import Aligner, balanced, make_aligner
 from mllm_fl.stages.annotate import annotate
 from mllm_fl.stages.federate import federate, outcome
@@ -101,13 +104,13 @@ def alignment_images(config: Config, federation: Federation) -> ImageSet:
     c = config.align
     if c.source == "glyphs":
         size = federation.test.read([0]).shape[-1]
-        images = glyph_set(federation.class_names, c.per_class, c.seed, image_size=size)
+        images, _ = glyph_set(federation.class_names, c.per_class, c.seed, image_size=size)
         return dataclasses.replace(images, mean=federation.train.mean, std=federation.train.std)
     if c.source == "leftover":
         return balanced(federation.leftover, c.per_class, stream(c.seed, "d_align"))
     if c.source.startswith("folder:"):
         size = federation.test.read([0]).shape[-1]
-        images = load_folder(Path(c.source.removeprefix("folder:")), size)
+        images = all_images(c.source.removeprefix("folder:"), size)
         if images.class_names != federation.class_names:
             missing = [n for n in federation.class_names if n not in images.class_names]
             raise UserError("align.source", f"its classes do not match the federation's (missing: {missing[:5]})", "one folder a class, same names")
@@ -152,28 +155,23 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
             seconds["pretrain"] = time.perf_counter() - started
         progress(Event("prepare", 0, 1, "alignment images and teacher logits"))
         aligner, aligned_on = aligner_of(config, federation)
-        found = {"train/test": leaks(federation.train.subset(sorted({i for c in federation.clients for i in c})), federation.test)}
+        found = {"train/test": leaks(federation.subset, federation.test)}
         if aligned_on is not None:
             found["align/test"] = leaks(aligned_on, federation.test)
-        total = sum(found.values())
-        if total > config.data.leaks_declared:
-            raise UserError(
-                "data.leaks_declared",
-                f"{total} images are also in the test set ({', '.join(f'{k}: {v}' for k, v in found.items())})",
-                f"remove them, or declare them: data.leaks_declared = {total}",
-            )
-        federation.manifest.save(path / "manifest.json")
+        _check_leaks(config, found)
+        save_manifest(federation.manifest, path / "manifest.json")
         folder.write_json("env.json", environment() | {"command": command})
         task = Task(network, federation.class_names, tuple(len(c) for c in federation.clients), config.seed)
         state = federate(
             config.federate, task, federation, w, folder, batch_norm=config.model.batch_norm, aligner=aligner, progress=progress
         )
-        final = outcome(config.federate, task, state, federation.test, federation.groups, folder)
+        found_groups = groups(federation.class_counts)
+        final = outcome(config.federate, task, state, federation.test, found_groups, folder)
         save_model(path / "model.safetensors", config.federate.method.deploy(task, state), config, federation)
         final = {
             "experiment": config.experiment, "name": path.name, "arm": config.name, "seed": config.seed,
             "config_hash": config_hash(config.resolved()), "class_counts": federation.class_counts,
-            "groups": federation.groups_record, "stages": {"pretrain": config.pretrain is not None, "align": config.align is not None},
+            "groups": dataclasses.asdict(found_groups), "stages": {"pretrain": config.pretrain is not None, "align": config.align is not None},
             "align": None if aligned_on is None else {"source": aligned_on.name, "images": len(aligned_on)},
             "manifest_sha256": federation.manifest.sha256, "leaks": found, "environment": environment(), "command": command,
             **final,
@@ -182,6 +180,54 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
         folder.write_json("final.json", final)
         folder.event("finished")
         return final
+
+
+def align_finished(config: Config, root: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Stage 3 alone: align the model of a finished ``federate`` once; writes aligned.safetensors and aligned.json beside it.
+
+    Returns the run's final.json content with the aligned model's scores as ``last`` and the old ones as ``before_align``.
+
+    Raises:
+        UserError: no [align] table, or the run has not finished.
+    """
+    if config.align is None:
+        raise UserError("align", "the configuration has no [align] table", "add it, or an arm that has it: --arm NAME")
+    torch.set_num_threads(1)
+    plain = dataclasses.replace(config, align=None)
+    path = run_path(plain, root)
+    if not (path / "final.json").exists():
+        raise UserError(path, "no finished federation here", "run `mllm-fl federate` with the same configuration first")
+    with RunFolder(path, plain.resolved()) as folder:
+        federation = federation_of(config)
+        network = _network(config)
+        w = fit(load_checkpoint(path / "model.safetensors")[0], clone(network.state_dict()), path / "model.safetensors")
+        task = Task(network, federation.class_names, tuple(map(len, federation.clients)), config.seed)
+        aligner, images = aligner_of(config, federation)
+        assert aligner is not None and images is not None
+        _check_leaks(config, {"align/test": leaks(images, federation.test)})
+        aligned, loss = aligner(task, w, config.federate.rounds)
+        progress(Event("align", 1, 1, f"loss {loss:.3f}"))
+        scores = evaluate(task, aligned, federation.test)
+        save_model(path / "aligned.safetensors", aligned, config, federation)
+        final = folder.final
+        assert final is not None
+        final |= {
+            "arm": f"{config.name}, aligned once", "before_align": final["last"], "mean_last": None, "max": None, "ema": None,
+            "last": scores.scores(groups(federation.class_counts)) | {"confusion": scores.counts.tolist()},
+            "align": {"source": images.name, "images": len(images), **to_dict(config.align)},
+        }  # fmt: skip
+        folder.write_json("aligned.json", final)
+        return final
+
+
+def _check_leaks(config: Config, found: dict[str, int]) -> None:
+    total = sum(found.values())
+    if total > config.data.leaks_declared:
+        raise UserError(
+            "data.leaks_declared",
+            f"{total} images are also in the test set ({', '.join(f'{k}: {v}' for k, v in found.items())})",
+            f"remove them, or declare them: data.leaks_declared = {total}",
+        )
 
 
 def save_model(path: Path, w: Tree, config: Config, federation: Federation) -> None:
@@ -203,5 +249,3 @@ def load_model(path: Path) -> tuple[Network, dict[str, Any]]:
     network.load_state_dict(fit(tensors, clone(network.state_dict()), path))
     return network.eval(), record
 
-
-__all__ = ["run", "run_path", "annotate_stage", "pretrain_stage", "aligner_of", "federation_of", "load_model", "seed_of"]

@@ -8,7 +8,6 @@ aggregated model is aligned before it is evaluated and broadcast.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,8 @@ from mllm_fl.algorithms import find
 from mllm_fl.algorithms.base import Algorithm, FedAvg, Server, Shard, Task, Update
 from mllm_fl.data.federation import Federation
 from mllm_fl.data.images import ImageSet
+from mllm_fl.data.longtail import Groups
+from mllm_fl.data.longtail import groups as groups_of
 from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.engines.local import LocalConfig
@@ -106,10 +107,11 @@ def federate(
     run.rewind(lengths)
     draws = online_clients(config, len(task.population), federation.manifest.seed, task.seed)
     note = ""
+    groups = groups_of(federation.class_counts)
     for t, online in zip(range(1, config.rounds + 1), draws, strict=False):
         if t <= state.round:
             continue
-        state, memory, row = _round(config, task, federation, state, memory, online, run, batch_norm, aligner)
+        state, memory, row = _round(config, task, federation, state, memory, online, run, batch_norm, aligner, groups)
         run.append("rounds.jsonl", [row])
         if t % config.checkpoint_every == 0 or t == config.rounds:
             _save(checkpoint, state, memory, run.lengths())
@@ -129,6 +131,7 @@ def _round(
     run: RunFolder,
     batch_norm: str,
     aligner: Aligner | None,
+    groups: Groups,
 ) -> tuple[Server, dict[int, Tree], dict[str, Any]]:
     t = state.round + 1
     start = time.perf_counter()
@@ -170,7 +173,7 @@ def _round(
     before, align_loss = None, None
     if aligner is not None and (aligner.config.when == "every-round" or t == config.rounds):
         if t == config.rounds:
-            before = evaluate(task, config.method.deploy(task, state), federation.test).scores({})["accuracy"]
+            before = evaluate(task, config.method.deploy(task, state), federation.test).scores(None)["accuracy"]
         w, align_loss = aligner(task, state.w, t)
         problem = why_not_finite({k: v for k, v in w.items() if v.dtype.is_floating_point}, config.limit)
         if problem:
@@ -179,7 +182,7 @@ def _round(
     aligned = time.perf_counter()
     row: dict[str, Any] = {"round": t, "clients": online, "evaluated": evaluated}
     if evaluated:
-        row |= evaluate(task, config.method.deploy(task, state), federation.test).scores(federation.groups)
+        row |= evaluate(task, config.method.deploy(task, state), federation.test).scores(groups)
     else:
         row |= dict.fromkeys(("accuracy", "class_weighted", "per_class", "many", "medium", "few"))
     ok = [r for r in rows if r["status"] == "ok"]
@@ -229,7 +232,7 @@ def _load(path: Any, fresh: Server) -> tuple[Server, dict[int, Tree], dict[str, 
     return Server(w, under(tensors, "extra/"), int(record["round"])), memory, record["lengths"]
 
 
-def outcome(config: FederateConfig, task: Task, state: Server, test: ImageSet, groups: Any, run: RunFolder) -> dict[str, Any]:
+def outcome(config: FederateConfig, task: Task, state: Server, test: ImageSet, groups: Groups, run: RunFolder) -> dict[str, Any]:
     """The numbers of a finished run, for final.json: last round, mean of the last 20, maximum, EMA, bytes, seconds."""
     rows, timings = read_rows(run.path / "rounds.jsonl"), read_rows(run.path / "timings.jsonl")
     confusion = evaluate(task, config.method.deploy(task, state), test)
@@ -246,6 +249,6 @@ def outcome(config: FederateConfig, task: Task, state: Server, test: ImageSet, g
         "bytes_down": sum(r["bytes_down"] for r in rows),
         "rejected": sum(r["rejected"] for r in rows),
         "seconds": seconds,
-        "method": json.loads(json.dumps(vars(config.method))),
+        "method": vars(config.method) | {},
         "uploads_beyond_weights": type(config.method).uploads,
     }

@@ -1,0 +1,112 @@
+"""Alignment: eq. 5 moves what it should, eq. 6 uses q, and a teacher that knows nothing is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mllm_fl.engines.local import LocalConfig
+from mllm_fl.errors import UserError
+from mllm_fl.runs import RunFolder, read_rows
+from mllm_fl.seeds import stream
+from mllm_fl.stages.align import AlignConfig, balanced, make_aligner
+from mllm_fl.stages.federate import FederateConfig, federate
+from mllm_fl.trees import digest
+from tests import toy
+
+CONFIG = AlignConfig(per_class=4, steps=5, batch_size=6, lr=0.05, augment="none")
+
+
+def knowing(labels: torch.Tensor, classes: int = 3) -> torch.Tensor:
+    return 5.0 * F.one_hot(labels, classes).float()
+
+
+def test_one_step_by_hand() -> None:
+    fed = toy.federation()
+    task, w = toy.task(fed)
+    images = balanced(fed.train, 4, stream(0, "x"))
+    y = torch.from_numpy(images.labels)
+    q = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)) + knowing(y)
+    config = dataclasses.replace(CONFIG, steps=1, batch_size=12, beta=0.7)
+    aligned, loss = make_aligner(config, images, lambda x: q)(task, w, 1)
+    leaves = {k: v.clone().requires_grad_(k in task.trainable) for k, v in w.items()}
+    logits = task.forward(leaves, images.normalised(range(12)), train=False)[1]
+    p, t = logits.log_softmax(1), q.log_softmax(1)
+    by_hand = F.nll_loss(p, y) + 0.7 * (t.exp() * (t - p)).sum(1).mean()  # eq. (6)
+    assert loss == pytest.approx(by_hand.item(), abs=1e-6)
+    grads = torch.autograd.grad(by_hand, [leaves[k] for k in task.trainable])
+    for k, g in zip(task.trainable, grads, strict=True):
+        assert torch.allclose(aligned[k], w[k] - 0.05 * g, atol=1e-6), k  # eq. (5)
+
+
+def test_batch_norm_statistics_stay_unless_told() -> None:
+    fed = toy.federation()
+    task, w = toy.task(fed)
+    images = balanced(fed.train, 4, stream(0, "x"))
+    for freeze in (True, False):
+        aligned, _ = make_aligner(dataclasses.replace(CONFIG, freeze_batch_norm=freeze), images, None)(task, w, 1)
+        assert torch.equal(aligned["backbone.bn.running_mean"], w["backbone.bn.running_mean"]) == freeze
+
+
+def test_head_only_moves_the_head_only() -> None:
+    fed = toy.federation()
+    task, w = toy.task(fed)
+    aligned, _ = make_aligner(dataclasses.replace(CONFIG, parameters="head"), balanced(fed.train, 4, stream(0, "x")), None)(task, w, 1)
+    moved = {k for k in w if not torch.equal(aligned[k], w[k])}
+    assert moved == {"classifier.weight", "classifier.bias"}
+
+
+def test_the_given_weights_are_not_changed_and_the_draws_are_named() -> None:
+    fed = toy.federation()
+    task, w = toy.task(fed)
+    before = digest(w)
+    aligner = make_aligner(dataclasses.replace(CONFIG, augment="crop"), balanced(fed.train, 4, stream(0, "x")), None)
+    assert digest(aligner(task, w, 1)[0]) == digest(aligner(task, w, 1)[0]) != digest(aligner(task, w, 2)[0])
+    assert digest(w) == before
+
+
+def test_beta_zero_does_not_ask_the_teacher() -> None:
+    fed = toy.federation()
+    images = balanced(fed.train, 4, stream(0, "x"))
+
+    def teacher(x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("asked")
+
+    make_aligner(dataclasses.replace(CONFIG, beta=0.0), images, teacher)
+
+
+def test_a_teacher_below_twice_chance_is_refused() -> None:
+    images = balanced(toy.federation().train, 4, stream(0, "x"))
+    with pytest.raises(UserError, match=r"zero-shot accuracy on the alignment images is 0.0%, below 2 x chance"):
+        make_aligner(CONFIG, images, lambda x: knowing((torch.from_numpy(images.labels) + 1) % 3))
+
+
+def test_balanced_draws_per_class_or_names_the_class_that_lacks_images() -> None:
+    train = toy.federation().train
+    assert balanced(train, 7, stream(0, "x")).class_counts() == [7, 7, 7]
+    with pytest.raises(UserError, match="class 'class 0' has 20 images in toy/train, 21 asked for"):
+        balanced(train, 21, stream(0, "x"))
+
+
+def test_after_every_aggregation_or_once_at_the_end(tmp_path: Path) -> None:
+    fed = toy.federation()
+    task, w = toy.task(fed)
+    config = FederateConfig(rounds=3, clients_per_round=2, local=LocalConfig(epochs=1, augment="none"))
+    images = balanced(fed.train, 4, stream(0, "x"))
+    for when, expected in (("every-round", [True, True, True]), ("end", [False, False, True])):
+        aligner = make_aligner(dataclasses.replace(CONFIG, when=when), images, None)  # type: ignore[arg-type]
+        with RunFolder(tmp_path / when, {}) as run:
+            federate(config, task, fed, w, run, aligner=aligner)
+            rows = read_rows(run.path / "rounds.jsonl")
+        assert [r["align_loss"] is not None for r in rows] == expected
+        assert rows[-1]["accuracy_before_align"] is not None
+
+
+@pytest.mark.parametrize(("field", "value"), [("beta", -1.0), ("temperature", 0.0), ("lr", 0.0), ("steps", 0), ("per_class", 0)])
+def test_out_of_range_values_are_refused_by_name(field: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"^align.{field}: "):
+        AlignConfig(**{field: value})  # type: ignore[arg-type]

@@ -1,0 +1,170 @@
+"""The round loop: who is drawn, what is dropped, what is recorded, and what a second call does."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mllm_fl.algorithms.base import Broadcast, FedAvg, Local, Task, Update
+from mllm_fl.data.longtail import groups
+from mllm_fl.engines.local import LocalConfig
+from mllm_fl.errors import UserError
+from mllm_fl.runs import RunFolder, read_rows
+from mllm_fl.stages.federate import FederateConfig, federate, online_clients, outcome
+from mllm_fl.trees import Tree, clone, digest, nbytes
+from tests import toy
+
+LOCAL = LocalConfig(epochs=1, batch_size=8, lr=0.05, augment="none")
+BASE = FederateConfig(rounds=3, clients_per_round=2, local=LOCAL)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[RunFolder]:
+    with RunFolder(tmp_path / "run", {"a": 1}) as folder:
+        yield folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Sends(FedAvg):
+    """A client that sends nonsense: ``what`` is put into its update; client 0 always, the others if ``all_of_them``."""
+
+    what: str = "nan"
+    all_of_them: bool = False
+
+    def finish(self, task: Task, local: Local, msg: Broadcast, mine: Tree) -> tuple[Update, Tree]:
+        update, mine = super().finish(task, local, msg, mine)
+        if local.client != 0 and not self.all_of_them:
+            return update, mine
+        w = clone(update.w)
+        if self.what == "shape":
+            w["classifier.bias"] = torch.zeros(99)
+        elif self.what == "weight":
+            return update._replace(weight=float("nan")), mine
+        else:
+            w["classifier.bias"][0] = {"nan": float("nan"), "inf": float("inf"), "huge": 1e30}[self.what]
+        return update._replace(w=w), {"touched": torch.ones(1)}
+
+
+def test_first_five_online_sets_are_creffs() -> None:
+    first = [set(s) for s in itertools.islice(online_clients(FederateConfig(), 20, 7, 0), 5)]
+    assert first == [
+        {1, 17, 2, 5, 11, 0, 18, 6}, {18, 7, 15, 14, 17, 3, 1, 10}, {8, 2, 6, 1, 17, 4, 5, 11},
+        {6, 16, 14, 19, 0, 10, 8, 12}, {7, 6, 1, 8, 11, 2, 18, 10},
+    ]  # fmt: skip
+
+
+def test_uniform_sampling_depends_on_the_run_seed() -> None:
+    config = FederateConfig(sampling="uniform")
+    draws = [list(itertools.islice(online_clients(config, 20, 7, seed), 3)) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert all(len(set(s)) == 8 for s in draws[0])
+
+
+def test_learns_and_records(run: RunFolder) -> None:
+    fed = toy.federation()
+    task, w = toy.task(fed, width=4)
+    config = dataclasses.replace(BASE, rounds=6, evaluate_every=2, evaluate_last=1)
+    state = federate(config, task, fed, w, run)
+    rows, clients = read_rows(run.path / "rounds.jsonl"), read_rows(run.path / "clients.jsonl")
+    assert [r["evaluated"] for r in rows] == [False, True, False, True, False, True]
+    assert rows[-1]["accuracy"] > 0.5 > 1 / 3
+    assert len(clients) == 12
+    size = nbytes(w)
+    assert rows[0]["bytes_up"] == rows[0]["bytes_down"] * 1 == 2 * size
+    assert clients[0]["steps"] == 2 and clients[0]["samples"] == 15
+    final = outcome(config, task, state, fed.test, groups(fed.class_counts), run)
+    assert final["last"]["accuracy"] == rows[-1]["accuracy"]
+    assert final["max"]["note"] == "selected on test"
+    assert final["bytes_up"] == 12 * size
+    assert set(final["seconds"]) == {"clients", "server", "align", "evaluate"}
+
+
+@pytest.mark.parametrize(("what", "reason"), [("nan", "classifier.bias: NaN"), ("inf", "classifier.bias: Inf"), ("huge", "magnitude"), ("shape", "shape (99,)"), ("weight", "weight nan")])
+def test_a_bad_update_is_dropped_and_the_rest_renormalised(tmp_path: Path, what: str, reason: str) -> None:
+    fed = toy.federation(clients=2)
+    task, w = toy.task(fed)
+    with RunFolder(tmp_path / "bad", {}) as bad:
+        state = federate(dataclasses.replace(BASE, rounds=1, method=Sends(what=what)), task, fed, w, bad)
+        rows = read_rows(bad.path / "clients.jsonl")
+        assert [r["status"] for r in rows] == ["rejected", "ok"]
+        assert reason in rows[0]["reason"]
+        assert read_rows(bad.path / "rounds.jsonl")[0]["rejected"] == 1
+    only = dataclasses.replace(fed, manifest=dataclasses.replace(fed.manifest, clients=((), fed.manifest.clients[1])))
+    with RunFolder(tmp_path / "good", {}) as good:
+        expected = federate(dataclasses.replace(BASE, rounds=1), task, only, w, good)
+    assert digest(state.w) == digest(expected.w)  # as if the dropped client had not been there
+
+
+def test_if_no_valid_update_is_left_the_weights_stay_and_the_event_says_so(run: RunFolder) -> None:
+    fed = toy.federation()
+    task, w = toy.task(fed)
+    state = federate(dataclasses.replace(BASE, rounds=1, method=Sends(all_of_them=True)), task, fed, w, run)
+    assert digest(state.w) == digest(w)
+    assert any("global weights stay" in e["event"] for e in read_rows(run.path / "events.jsonl"))
+    row = read_rows(run.path / "rounds.jsonl")[0]
+    assert row["rejected"] == 2 and row["train_loss"] is None
+
+
+def test_a_second_call_does_nothing_and_changes_nothing(run: RunFolder) -> None:
+    fed = toy.federation()
+    task, w = toy.task(fed)
+    first = federate(BASE, task, fed, w, run)
+    rows = (run.path / "rounds.jsonl").read_bytes()
+    assert digest(federate(BASE, task, fed, w, run).w) == digest(first.w)
+    assert (run.path / "rounds.jsonl").read_bytes() == rows
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
+    fed = toy.federation()
+    seen = []
+    for i, seed in enumerate((0, 0, 1)):
+        torch.rand(i)  # something else draws
+        task, w = toy.task(fed, seed)
+        with RunFolder(tmp_path / str(i), {}) as folder:
+            seen.append(digest(federate(BASE, task, fed, w, folder).w))
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_too_many_online_clients_are_refused(run: RunFolder) -> None:
+    fed = toy.federation()
+    task, w = toy.task(fed)
+    with pytest.raises(UserError, match="9 online clients, but the federation has 4"):
+        federate(dataclasses.replace(BASE, clients_per_round=9), task, fed, w, run)
+
+
+def test_checkpoint_of_another_model_is_refused(run: RunFolder) -> None:
+    fed = toy.federation()
+    federate(BASE, *_args(fed, 2), run)
+    with pytest.raises(UserError, match=r"checkpoint of another model: backbone.conv.weight is \(2, 3, 3, 3\) there, \(4, 3, 3, 3\) here"):
+        federate(BASE, *_args(fed, 4), run)
+
+
+def test_truncated_checkpoint_is_refused(run: RunFolder) -> None:
+    fed = toy.federation()
+    federate(BASE, *_args(fed, 2), run)
+    path = run.path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"checkpoint.safetensors: truncated or damaged"):
+        federate(BASE, *_args(fed, 2), run)
+
+
+def test_flipped_bit_in_a_checkpoint_is_refused(run: RunFolder) -> None:
+    fed = toy.federation()
+    federate(BASE, *_args(fed, 2), run)
+    path = run.path / "checkpoint.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="digest differs"):
+        federate(BASE, *_args(fed, 2), run)
+
+
+def _args(fed: Any, width: int) -> tuple[Any, Any, Any]:
+    task, w = toy.task(fed, width=width)
+    return task, fed, w
