@@ -47,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold them")
     p.add_argument("--out", type=Path, default=Path("report.html"))
     p.add_argument("--title", default="mllm-fl")
+    p = verbs.add_parser("collect", help="add finished runs to a results file, a line each", allow_abbrev=False)
+    p.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold them")
+    p.add_argument("--out", type=Path, required=True, help="for example results/quickstart.jsonl")
     p = verbs.add_parser("data", help="describe, check or pack a federation's data", allow_abbrev=False)
     data = p.add_subparsers(dest="data_verb", metavar="VERB", required=True)
     for verb, text in (("describe", "class counts and who holds what"), ("pack", "one federation as a Parquet folder")):
@@ -79,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
             top.error(f"unrecognized arguments: {' '.join(rest)}")
         if args.verb in STAGES:
             return _stage(args, rest)
-        return _report(args) if args.verb == "report" else _data(args)
+        verbs = {"report": _report, "collect": _collect, "data": _data}
+        return verbs[args.verb](args)
     except UserError as e:
         print(f"mllm-fl: {e}", file=sys.stderr)
         return 2
@@ -161,6 +165,14 @@ def _report(args: argparse.Namespace) -> int:
     found = [f for given in args.runs for f in _run_folders(given)]
     corpora = sorted({c for f in found for c in f.parent.glob("corpus-*") if (c / "records.json").exists()})
     print(build(found, args.out, title=args.title, corpus=corpora[0] if corpora else None))
+    return 0
+
+
+def _collect(args: argparse.Namespace) -> int:
+    from mllm_fl.results import collect
+
+    lines = collect([f for given in args.runs for f in _run_folders(given)], args.out)
+    print(f"{args.out}: {lines} runs")
     return 0
 
 
