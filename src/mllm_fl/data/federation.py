@@ -21,11 +21,15 @@ __all__ = ["DataConfig", "Federation", "build"]
 
 @dataclass(frozen=True)
 class Federation:
-    """``train`` is the whole training set; ``manifest`` says which of its images each client holds."""
+    """``train`` is the whole training set; ``manifest`` says which of its images each client holds.
+
+    ``spare``: the unheld images that are at hand, None for all of them; a pack carries only some.
+    """
 
     train: ImageSet
     test: ImageSet
     manifest: Manifest
+    spare: tuple[int, ...] | None = None
 
     @cached_property
     def clients(self) -> list[list[int]]:
@@ -46,6 +50,8 @@ class Federation:
     @cached_property
     def leftover(self) -> ImageSet:
         """Training images that no client holds; the largest class has none when the long tail keeps it whole."""
+        if self.spare is not None:
+            return self.train.subset(self.spare, f"{self.train.name} leftover")
         held = np.zeros(len(self.train), dtype=bool)
         held[[i for indices in self.manifest.clients for i in indices]] = True
         return self.train.subset(np.flatnonzero(~held).tolist(), f"{self.train.name} leftover")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from mllm_fl.errors import UserError
@@ -11,20 +10,18 @@ from mllm_fl.errors import UserError
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write to a temporary name in the same folder, fsync, rename: a reader never meets half a file."""
-    temporary: str | None = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
+        temporary.replace(path)
     except OSError as error:
         raise UserError(
             path, f"cannot be written ({error.strerror or error})", "choose a writable folder with free space"
         ) from None
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
