@@ -1,0 +1,63 @@
+# Each target makes .venv by itself (uv when present, else venv + pip) and does nothing twice.
+# On a machine whose pip finds a CPU build of torch it is taken; with uv, TORCH_BACKEND (default cpu) names the build.
+
+PYTHON ?= python3
+TORCH_BACKEND ?= cpu
+BIN := .venv/bin
+UV := $(shell command -v uv 2>/dev/null)
+ifeq ($(UV),)
+VENV := $(PYTHON) -m venv .venv
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+else
+VENV := uv venv --quiet --allow-existing --python $(PYTHON) .venv
+INSTALL := uv pip install --quiet --python $(BIN)/python --torch-backend=$(TORCH_BACKEND) -c constraints.txt
+endif
+
+.PHONY: quickstart test lint bench teachers experiment clean
+
+quickstart: .venv/quickstart.stamp  ## the three stages on real handwritten digits: a table and report.html
+	@echo "== quickstart: four arms, two at a time; the same command resumes it"
+	$(BIN)/mllm-fl run experiments/quickstart.toml --jobs 2
+	$(BIN)/mllm-fl report runs/quickstart --out report.html --title "mllm-fl quickstart"
+	@echo "== open report.html"
+
+test: .venv/dev.stamp lint  ## lint, types, tests
+	@echo "== tests (those marked 'data' need MLLM_FL_DATA=folder of the real data sets)"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+lint: .venv/dev.stamp
+	@echo "== ruff and mypy"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/dev.stamp  ## the serial engine against a bare training loop, interleaved
+	@echo "== benchmark"
+	$(BIN)/python benchmarks/serial.py
+
+teachers: .venv/dev.stamp  ## train the bundled mini-CLIP and mini-LLaVA again, and measure them
+	@echo "== teachers: rendered characters only, minutes on two cores"
+	$(BIN)/python -m mllm_fl.models.teacher.recipe
+
+FILE ?= experiments/quickstart.toml
+SEEDS ?= 0 1 2
+experiment: .venv/quickstart.stamp  ## an experiment over seeds, resumable; adds a line per run to results/
+	$(BIN)/mllm-fl run $(FILE) --jobs 2 $(foreach s,$(SEEDS),--seed $(s))
+	$(BIN)/mllm-fl collect runs/$(basename $(notdir $(FILE))) --out results/$(basename $(notdir $(FILE))).jsonl
+
+clean:
+	rm -rf .venv runs report.html
+
+.venv/bin/python:
+	@echo "== making .venv with $(if $(UV),uv,venv and pip)"
+	@$(VENV)
+
+.venv/quickstart.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "== installing mllm-fl for the quickstart"
+	@$(INSTALL) -e ".[quickstart]"
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "== installing mllm-fl for development"
+	@$(INSTALL) -e ".[dev]"
+	@touch $@ .venv/quickstart.stamp
