@@ -66,9 +66,9 @@ def test_a_folder_with_everything_wrong_is_reported_not_raised(tmp_path: Path) -
     (found,) = report.sets
     assert {Path(place).name for place, _ in found.broken} == {"cut.jpg", "bomb.png", "text.png"}
     assert found.single_image_classes == ["dog"] and found.duplicates == 1 and found.images == 9
-    text = report.render()
+    text = report.text()
     assert "3 broken" in text and "class 'dog' has one image" in text and "leaks into test sets: 0" in text
-    assert json.loads(json.dumps(report.to_json()))["clean"] is False
+    assert json.loads(json.dumps(report.to_dict()))["clean"] is False
 
 
 def test_open_images_are_held_against_every_test_set(tmp_path: Path) -> None:

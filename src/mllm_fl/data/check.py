@@ -15,7 +15,7 @@ from PIL import Image
 
 from mllm_fl.data.config import DataConfig
 from mllm_fl.data.decode import EncodedPixels, FileContents, to_array, to_rgb
-from mllm_fl.data.folder import TEST_NAMES, TRAIN_NAMES, class_folders, image_files
+from mllm_fl.data.folder import TEST_NAMES, TRAIN_NAMES, all_images, image_files
 from mllm_fl.data.images import ImageSet
 from mllm_fl.data.sources import load_source
 from mllm_fl.errors import UserError
@@ -66,11 +66,11 @@ class Report:
         """No broken image and no leak; duplicates are reported, not condemned."""
         return self.leaks == 0 and not any(s.broken for s in self.sets)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As a JSON object."""
         return {**asdict(self), "clean": self.clean}
 
-    def render(self) -> str:
+    def text(self) -> str:
         """As plain text, one finding a line."""
         lines = []
         for s in self.sets:
@@ -230,22 +230,12 @@ def _sets(source: str, root: str | None) -> list[tuple[str, ImageSet]]:
         paths = tuple(image_files(folder)) if folder.is_dir() else ()
         if not paths:
             raise UserError(source, "is not a folder with images", "give a folder that holds image files at any depth")
-        return [("open", _files(folder.name, paths, np.full(len(paths), -1), ()))]
+        unlabelled = np.full(len(paths), -1, dtype=np.int64)
+        return [("open", ImageSet(folder.name, EncodedPixels(FileContents(paths), 32), unlabelled, ()))]
     if kind == "folder" and Path(rest).expanduser().is_dir():
         folder = Path(rest).expanduser()
         parts = [(role, folder / n) for role, names in (("train", TRAIN_NAMES), ("test", TEST_NAMES)) for n in names]
         parts = [(role, path) for role, path in parts if path.is_dir()]
-        return [(role, _labelled(path)) for role, path in parts] if len(parts) > 1 else [("train", _labelled(folder))]
+        return [(role, all_images(path)) for role, path in parts] if len(parts) > 1 else [("train", all_images(folder))]
     train, test = load_source(DataConfig(source=source, root=root))
     return [("train", train), ("test", test)]
-
-
-def _labelled(folder: Path) -> ImageSet:
-    names = class_folders(folder)
-    files = [image_files(folder / name) for name in names]
-    labels = np.repeat(np.arange(len(names)), [len(of_class) for of_class in files])
-    return _files(folder.name, tuple(path for of_class in files for path in of_class), labels, names)
-
-
-def _files(name: str, paths: tuple[Path, ...], labels: np.ndarray, names: tuple[str, ...]) -> ImageSet:
-    return ImageSet(name, EncodedPixels(FileContents(paths), 32), labels, names)

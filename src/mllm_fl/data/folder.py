@@ -32,10 +32,18 @@ def load_folder(path: str | Path, size: int = 32) -> tuple[ImageSet, ImageSet]:
         if extra:
             raise UserError(test, f"class {extra[0]!r} has no folder in {train}", "use the same class names in both")
         return _image_set(root.name, train, names, size), _image_set(f"{root.name} test", test, names, size)
-    whole = _image_set(root.name, root, class_folders(root), size)
+    whole = all_images(root, size)
     contents = whole.pixels.contents if isinstance(whole.pixels, EncodedPixels) else None
     keys = [contents.place(i).removeprefix(str(root)) if contents else str(i) for i in range(len(whole))]
     return stratified(whole, keys)
+
+
+def all_images(path: str | Path, size: int = 32) -> ImageSet:
+    """Every image of a class-per-sub-folder tree as one set, in order of class and file name."""
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(path, "is not a folder", "give a folder with one sub-folder of images per class")
+    return _image_set(root.name, root, class_folders(root), size)
 
 
 def stratified(whole: ImageSet, keys: Sequence[str]) -> tuple[ImageSet, ImageSet]:

@@ -93,7 +93,7 @@ def load(path: str | Path) -> Manifest:
         raise UserError(path, f"cannot be read ({error.strerror})", "give the path of a saved manifest.json") from None
     except ValueError as error:
         raise UserError(
-            path, f"is not a whole JSON file ({error})", "write it again with `mllm-fl data describe --manifest`"
+            path, f"is not a whole JSON file ({error})", "write it again from the same configuration"
         ) from None
     return parse(content, path)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -69,6 +70,9 @@ def pack(federation: Federation, folder: str | Path, *, leftover_per_class: int 
         }
         (temporary / "pack.json").write_text(json.dumps(card, indent=1) + "\n")
         manifests.save(federation.manifest, temporary / "manifest.json")
+        for file in temporary.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
         temporary.chmod(0o755)
         temporary.rename(target)
     except OSError as error:
@@ -193,6 +197,10 @@ def load_pack(folder: str | Path, size: int | None = None) -> Federation:
             s: load_split(files, s, side, labels=("label",)) if s == "test" or len(index[s]) else None
             for s, files in parts.items()
         }
+        rows = np.full(len(labels), -1, dtype=np.int64)
+        rows[np.concatenate([index["train"], index["leftover"]])] = np.arange(
+            len(index["train"]) + len(index["leftover"])
+        )
         title, test_title, digest = str(card["name"]), str(card["test_name"]), card["manifest_sha256"]
     except (OSError, KeyError, IndexError, TypeError, ValueError, pa.ArrowException) as error:
         raise UserError(
@@ -205,8 +213,6 @@ def load_pack(folder: str | Path, size: int | None = None) -> Federation:
         )
     stores = [sets[s] for s in ("train", "leftover")]
     pixels = [s.pixels for s in stores if s is not None]
-    rows = np.full(len(labels), -1, dtype=np.int64)
-    rows[np.concatenate([index["train"], index["leftover"]])] = np.arange(len(index["train"]) + len(index["leftover"]))
     whole = pixels[0] if len(pixels) == 1 else _Joined(*pixels)
     train = ImageSet(title, SparsePixels(whole, rows, root), labels, **common)
     manifests.verify(manifest, train, root / "manifest.json")

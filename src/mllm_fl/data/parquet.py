@@ -108,7 +108,7 @@ def load_split(
     return ImageSet(name, _pixels(tuple(files), stamp, image, len(numbers), size), numbers, names, mean, std)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _pixels(files: tuple[Path, ...], stamp: object, column: str, rows: int, size: int) -> EncodedPixels:
     """Decoded pixels are shared by all federations built in this process from the same unchanged files."""
     return EncodedPixels(ColumnContents(files, column, rows), size)
