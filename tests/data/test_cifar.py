@@ -61,7 +61,8 @@ def test_parquet_and_binary_give_the_same_images(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "b" / "cifar-10-batches-bin", "cifar-10-batches-bin")
     archive = load_cifar("cifar10", str(tmp_path))
-    for train, test in (parquet, binary, archive):
+    by_name = load_cifar("cifar10", f"hf:{tmp_path / 'p' / 'cifar10'}")
+    for train, test in (parquet, binary, archive, by_name):
         assert same(train) and same(test)
         assert train.class_names == NAMES and train.mean == (0.4914, 0.4822, 0.4465)
     assert load_cifar("cifar10", str(tmp_path / "b"), 16)[0].read([0]).shape == (1, 3, 16, 16)
@@ -100,6 +101,10 @@ def test_bad_folders_are_named_with_the_way_out(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value) and ";" in str(caught.value)
 
     refused(tmp_path, "holds no cifar10")
+    for split in ("train", "test"):
+        path = tmp_path / "two" / "cifar10" / f"{split}.parquet"
+        write_parquet(path, [encoded(noise(1))], [0], ["no", "yes"])
+    refused(tmp_path / "two", "has 2 classes, not the 10 of cifar10")
     wrong = parquet_root(tmp_path / "wrong", ("photo", "label"))
     refused(wrong, "no image column among photo, label; rename it to 'img'")
     refused(parquet_root(tmp_path / "wrong2", ("img", "kind")), "no label column among img, kind")

@@ -17,13 +17,13 @@ from mllm_fl.data.decode import EncodedPixels, FileContents, fit, fit_all, to_ar
 from mllm_fl.errors import UserError
 
 
-def bomb() -> bytes:
-    """A PNG of a few bytes whose header promises 60,000 x 60,000 pixels."""
+def bomb(side: int = 60_000) -> bytes:
+    """A PNG of a few bytes whose header promises ``side`` x ``side`` pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
 
 
@@ -32,6 +32,7 @@ def test_every_common_form_is_read(form: str) -> None:
     assert to_array(to_rgb(encoded(noise(1), form))).shape == (3, 32, 32)
 
 
+@pytest.mark.filterwarnings("ignore:Image size")
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -41,8 +42,9 @@ def test_every_common_form_is_read(form: str) -> None:
         (encoded(noise(1, 64, 64))[:300], "."),
         (b"RIFF\0\0\0\0WEBPVP8 ", "."),
         (bomb(), "pixels"),
+        (bomb(11_000), "11000x11000 pixels is more than"),
     ],
-    ids=["text", "empty", "cut jpeg", "cut png", "cut webp", "bomb"],
+    ids=["text", "empty", "cut jpeg", "cut png", "cut webp", "bomb", "large"],
 )
 def test_bad_bytes_are_a_reason_not_a_crash(content: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,33 @@ def test_a_manifest_of_other_images_is_refused(federation: Federation) -> None:
     reversed_train = federation.train.subset(np.arange(len(federation.train))[::-1].tolist())
     with pytest.raises(UserError, match="was made for another digits"):
         manifests.verify(federation.manifest, reversed_train, "m.json")
+
+
+def test_a_manifest_whose_indices_are_no_partition_of_its_subset_is_refused(federation: Federation) -> None:
+    whole = federation.manifest
+    for clients, message in (
+        ((whole.clients[1], *whole.clients[1:]), "gives an image to two clients"),
+        (((5000,), *whole.clients[1:]), "an index that does not exist"),
+        (((), *whole.clients[1:]), "do not hold the subset"),
+    ):
+        with pytest.raises(UserError, match=message):
+            manifests.verify(replace(whole, clients=clients), federation.train, "m.json")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_temporary_one(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "m.json"
+    path.write_text("old")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(
+        UserError, match=r"m\.json: cannot be written \(No space left on device\); choose a writable folder"
+    ):
+        manifests.save(federation.manifest, path)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["m.json"]
 
 
 @pytest.mark.parametrize(

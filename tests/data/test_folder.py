@@ -18,11 +18,11 @@ from mllm_fl.errors import UserError
 
 
 def test_a_folder_is_split_one_in_five_and_the_same_way_when_it_grows(tmp_path: Path) -> None:
-    write_folder(tmp_path / "pets", {"dog": 10, "cat": 5, ".hidden": 1})
+    write_folder(tmp_path / "pets", {"dog": 10, "cat": 5, "emu": 2, ".hidden": 1})
     (tmp_path / "pets" / "dog" / "notes.txt").write_text("not an image")
     train, test = load_folder(tmp_path / "pets")
-    assert train.class_names == ("cat", "dog")
-    assert (train.class_counts(), test.class_counts()) == ([4, 8], [1, 2])
+    assert train.class_names == ("cat", "dog", "emu")
+    assert (train.class_counts(), test.class_counts()) == ([4, 8, 1], [1, 2, 1])
     assert train.read([0]).shape == (1, 3, 32, 32)
     before = test.hashes()
     write_folder(tmp_path / "pets", {"ant": 5}, seed=50)

@@ -60,6 +60,14 @@ def test_a_small_picture_is_enlarged_to_256_and_cut_to_224(tmp_path: Path) -> No
     assert load_list(str(imagenet(tmp_path)), "test").read([0]).shape == (1, 3, 224, 224)
 
 
+def test_the_cut_is_224_of_256(tmp_path: Path) -> None:
+    imagenet(tmp_path)
+    framed = np.zeros((256, 256, 3), dtype=np.uint8)
+    framed[16:240, 16:240] = 255
+    (tmp_path / "test/n00/0.JPEG").write_bytes(encoded(framed))
+    assert (load_list(str(tmp_path), "test").read([0]) == 255).all()
+
+
 def test_bad_lists_and_roots_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no ImageNet_LT_train\.txt"):
         load_list(str(tmp_path), "train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mllm_fl.data.longtail import long_tail
-from mllm_fl.data.partition import Partition, _cut, creff, dirichlet, iid, partition
+from mllm_fl.data.partition import Partition, _cut, _group, creff, dirichlet, iid, partition
 from mllm_fl.errors import UserError
 
 
@@ -119,7 +120,17 @@ def test_hopeless_splits_stop_and_say_what_to_change() -> None:
 def test_shares_that_underflow_leave_the_class_to_the_last_worker_as_the_reference_does() -> None:
     nothing = np.random.RandomState(0).dirichlet([1e-300] * 3)  # every gamma draw underflows
     assert np.isnan(nothing).all()
-    assert _cut([4, 5, 6], nothing) == [[], [], [4, 5, 6]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said by us, not left to what NaN becomes as an integer
+        for shares in (nothing, np.zeros(3)):
+            assert _cut([4, 5, 6], shares) == [[], [], [4, 5, 6]]
+
+
+def test_a_group_is_redrawn_until_its_smallest_worker_holds_half_of_an_equal_share() -> None:
+    pairs = [(i, i % 4) for i in range(200)]
+    for seed in range(20):
+        held = _group(np.random.RandomState(seed), pairs, 4, 10, 0.3, 10_000)
+        assert min(map(len, held)) >= 10  # half of 200 / 10
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from mllm_fl.errors import UserError
 CACHE_LIMIT = 2 << 30  # bytes of decoded pixels that one image set may keep
 THREADS = min(8, os.cpu_count() or 1)
 PIXEL_LIMIT = 100_000_000  # width * height of one image; more is refused before it is decoded
+warnings.simplefilter(
+    "ignore", Image.DecompressionBombWarning
+)  # Pillow warns on stderr of what we refuse or accept knowingly
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
