@@ -38,6 +38,7 @@ bench: .venv/dev.stamp  ## the serial engine against a bare training loop, inter
 teachers: .venv/dev.stamp  ## train the bundled mini-CLIP and mini-LLaVA again, and measure them
 	@echo "== teachers: rendered characters only, minutes on two cores"
 	$(BIN)/python -m mllm_fl.models.teacher.recipe
+	$(BIN)/python scripts/teacher_card.py
 
 FILE ?= experiments/quickstart.toml
 SEEDS ?= 0 1 2

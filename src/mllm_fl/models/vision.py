@@ -5,33 +5,19 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mllm_fl.errors import UserError
+from mllm_fl.models.bridge import bridge_torchvision
 
 
 def _zoo(name: str) -> Any:
-    """Import torchvision or timm; both need torchvision's Python part only.
-
-    The torchvision wheels of the package index are built against CUDA: beside a CPU-only torch their compiled operators do
-    not load, and the import stops at the first operator that it describes. None of them is used here, so their
-    absence is bridged by declaring the two that the import asks for.
-    """
+    """torchvision.models or timm."""
+    bridge_torchvision()
     try:
         return importlib.import_module(name)
     except ImportError as e:
         raise UserError("model.name", f"needs {e.name or name}", "pip install 'mllm-fl[vision]'") from e
-    except RuntimeError as e:
-        if "torchvision::nms" not in str(e):
-            raise
-        _declared.append(torch.library.Library("torchvision", "DEF"))  # type: ignore[no-untyped-call]
-        _declared[-1].define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared[-1].define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return importlib.import_module(name)
-
-
-_declared: list[Any] = []
 
 
 class ResNet50(nn.Module):
@@ -56,7 +42,11 @@ class TimmBackbone(nn.Module):
         timm = _zoo("timm")
         if not timm.is_model(name):
             near = timm.list_models(f"*{name.split('_')[0]}*")[:3]
-            raise UserError("model.name", f"timm knows no model {name!r}", f"try one of {near}" if near else "see timm.list_models()")
+            raise UserError(
+                "model.name",
+                f"timm knows no model {name!r}",
+                f"try one of {near}" if near else "see timm.list_models()",
+            )
         self.net = timm.create_model(name, pretrained=False, num_classes=0)
         self.channels = int(self.net.num_features)
 

@@ -74,7 +74,11 @@ def pretrain_stage(config: Config, root: Path, progress: Progress = silent) -> T
     assert config.pretrain is not None
     corpus = annotate_stage(config, root, progress)
     network = _network(config)
-    return pretrain(config.pretrain, network, corpus, pretrain_path(config, root), seed=config.seed, progress=progress)
+    train = federation_of(config).train
+    return pretrain(
+        config.pretrain, network, corpus, pretrain_path(config, root),
+        seed=config.seed, mean=train.mean, std=train.std, progress=progress,
+    )  # fmt: skip
 
 
 def _network(config: Config) -> Network:
@@ -113,7 +117,11 @@ def alignment_images(config: Config, federation: Federation) -> ImageSet:
         images = all_images(c.source.removeprefix("folder:"), size)
         if images.class_names != federation.class_names:
             missing = [n for n in federation.class_names if n not in images.class_names]
-            raise UserError("align.source", f"its classes do not match the federation's (missing: {missing[:5]})", "one folder a class, same names")
+            raise UserError(
+                "align.source",
+                f"its classes do not match the federation's (missing: {missing[:5]})",
+                "one folder a class, same names",
+            )
         images = dataclasses.replace(images, mean=federation.train.mean, std=federation.train.std)
         return balanced(images, c.per_class, stream(c.seed, "d_align"))
     raise UserError("align.source", f"unknown source {c.source!r}", "use glyphs, leftover or folder:PATH")
@@ -163,7 +171,14 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
         folder.write_json("env.json", environment() | {"command": command})
         task = Task(network, federation.class_names, tuple(len(c) for c in federation.clients), config.seed)
         state = federate(
-            config.federate, task, federation, w, folder, batch_norm=config.model.batch_norm, aligner=aligner, progress=progress
+            config.federate,
+            task,
+            federation,
+            w,
+            folder,
+            batch_norm=config.model.batch_norm,
+            aligner=aligner,
+            progress=progress,
         )
         found_groups = groups(federation.class_counts)
         final = outcome(config.federate, task, state, federation.test, found_groups, folder)
@@ -248,4 +263,3 @@ def load_model(path: Path) -> tuple[Network, dict[str, Any]]:
     network = build_network(ModelConfig(**record["model"]), len(record["class_names"]), 0)
     network.load_state_dict(fit(tensors, clone(network.state_dict()), path))
     return network.eval(), record
-

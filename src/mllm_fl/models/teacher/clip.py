@@ -1,0 +1,149 @@
+"""The CLIP teacher: any transformers CLIP by name, the bundled mini-CLIP by default. Frozen; used for q, the zero-shot output.
+
+Radford et al. 2021, arXiv:2103.00020, §3.1: logits = exp(logit_scale) * cos(image, text), a class's text embedding being the
+normalised mean of its normalised prompt embeddings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mllm_fl.errors import UserError
+from mllm_fl.models.bridge import bridge_torchvision
+
+BUNDLED = Path(__file__).parent / "bundled"
+PLAIN = ("a photo of a {}",)  # CLIP2FL's and the paper's; the bundled teacher brings its own
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """``[teacher]``: the CLIP that gives q. ``name``: "mini", a local folder, or a hub id.
+
+    ``templates``: prompts with one ``{}`` for the class name; absent means the model's own, else "a photo of a {}".
+    """
+
+    name: str = "mini"
+    templates: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for t in self.templates:
+            if t.count("{}") != 1:
+                raise UserError("teacher.templates", f"{t!r} needs exactly one {{}} for the class name")
+
+
+@dataclass(frozen=True)
+class ClipTeacher:
+    """A frozen CLIP with its own preprocessing. ``templates``: the prompts that are used unless others are given."""
+
+    name: str
+    model: Any
+    processor: Any
+    tokenizer: Any
+    templates: tuple[str, ...]
+    weights: Path | None
+
+    @property
+    def logit_scale(self) -> float:
+        """exp of the learned log scale: 100 for OpenAI's models."""
+        return float(self.model.logit_scale.detach().exp())
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, batch_size: int = 256) -> Tensor:
+        """Unit embeddings (n, d) of uint8 images (n, 3, height, width), un-augmented, by the model's own preprocessing."""
+        out = [
+            self.model.get_image_features(pixel_values=self.pixel_values(x)).pooler_output
+            for x in images.split(batch_size)
+        ]
+        return F.normalize(torch.cat(out), dim=1)
+
+    def pixel_values(self, images: Tensor) -> Tensor:
+        """Preprocessed float images for the vision tower, from uint8 (n, 3, height, width)."""
+        pictures = [x.permute(1, 2, 0).numpy() for x in images]
+        values: Tensor = self.processor(images=pictures, return_tensors="pt", input_data_format="channels_last")[
+            "pixel_values"
+        ]
+        return values
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit embeddings (n, d) of texts."""
+        words = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        out = self.model.get_text_features(
+            input_ids=words["input_ids"], attention_mask=words["attention_mask"]
+        ).pooler_output
+        return F.normalize(out, dim=1)
+
+    def class_embeddings(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
+        """Unit embedding (C, d) of each class: the mean over prompts; underscores in names are read as spaces."""
+        names = [n.replace("_", " ") for n in class_names]
+        rows = [
+            F.normalize(self.encode_texts([t.format(n) for t in templates or self.templates]).mean(0), dim=0)
+            for n in names
+        ]
+        return torch.stack(rows)
+
+    def zero_shot(self, images: Tensor, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
+        """Zero-shot logits (n, C), float32, of uint8 images (n, 3, height, width)."""
+        return self.logit_scale * self.encode_images(images) @ self.class_embeddings(class_names, templates).T
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over weights, prompts and preprocessing: the key under which its logits may be cached."""
+        h = hashlib.sha256(
+            repr((self.name, self.templates, sorted(self.processor.to_dict().items(), key=str))).encode()
+        )
+        if self.weights is not None:
+            h.update(self.weights.read_bytes())
+        else:
+            for k, v in sorted(self.model.state_dict().items()):
+                h.update(k.encode() + v.contiguous().numpy().tobytes())
+        return h.hexdigest()
+
+
+def load_clip(name: str = "mini") -> ClipTeacher:
+    """A CLIP by name: "mini" (bundled), a local folder in Hugging Face's layout, or a hub id.
+
+    Raises:
+        UserError: no such folder or model, damaged weights, or a tokenizer whose end token breaks CLIP's text pooling.
+    """
+    bridge_torchvision()
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+    folder = BUNDLED / "mini-clip" if name == "mini" else Path(name).expanduser()
+    if name == "mini" and not (folder / "model.safetensors").exists():
+        raise UserError("teacher.name", "the bundled mini-CLIP is not there", "run `make teachers`")
+    local = folder.is_dir()
+    where = str(folder) if local else name
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(
+            "teacher.name", f"no folder {name}", "give a folder in Hugging Face's layout, a hub id, or 'mini'"
+        )
+    try:
+        model = CLIPModel.from_pretrained(where, use_safetensors=True)
+        processor = CLIPImageProcessorPil.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except Exception as e:
+        why = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+        raise UserError(
+            "teacher.name", f"{name}: cannot be loaded as CLIP ({why})", "check the folder, or be online for a hub id"
+        ) from e
+    if model.config.text_config.eos_token_id == 2 and tokenizer.eos_token_id != model.config.text_config.vocab_size - 1:
+        raise UserError(
+            "teacher.name",
+            f"{name}: eos_token_id 2 makes CLIP pool its text at the highest token id",
+            "save it with another eos_token_id",
+        )
+    model.eval().requires_grad_(False)
+    prompts = folder / "templates.txt"
+    templates = tuple(prompts.read_text(encoding="utf-8").split("\n")[:-1]) if local and prompts.exists() else PLAIN
+    weights = folder / "model.safetensors"
+    return ClipTeacher(name, model, processor, tokenizer, templates, weights if local and weights.exists() else None)
