@@ -33,7 +33,14 @@ augment = "none"
 
 
 def cli(*args: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "mllm_fl.cli", *args], cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "mllm_fl.cli", *args],
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.fixture
@@ -49,7 +56,16 @@ def test_run_prints_a_table_and_leaves_a_finished_folder(small: Path) -> None:
     folders = list((small / "runs" / "small").iterdir())
     assert len(folders) == 1
     names = {p.name for p in folders[0].iterdir()}
-    assert names >= {"config.toml", "env.json", "manifest.json", "rounds.jsonl", "clients.jsonl", "timings.jsonl", "final.json", "model.safetensors"}
+    assert names >= {
+        "config.toml",
+        "env.json",
+        "manifest.json",
+        "rounds.jsonl",
+        "clients.jsonl",
+        "timings.jsonl",
+        "final.json",
+        "model.safetensors",
+    }
     final = json.loads((folders[0] / "final.json").read_text())
     assert final["leaks"] == {"train/test": 0}
     before = {p.name: p.read_bytes() for p in folders[0].iterdir()}
@@ -106,7 +122,9 @@ def test_help_is_quick_because_it_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_interrupted_says_so_and_resumes_to_equal_bytes(tmp_path: Path, which: signal.Signals) -> None:
     (tmp_path / "small.toml").write_text(SMALL.format(rounds=30))
     args = [sys.executable, "-m", "mllm_fl.cli", "run", "small.toml", "--runs"]
-    with subprocess.Popen([*args, "a"], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*args, "a"], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         while not list(tmp_path.glob("a/small/*/checkpoint.safetensors")):
             assert process.poll() is None, process.stderr and process.stderr.read()
             time.sleep(0.01)
@@ -141,7 +159,17 @@ def test_full_disk_is_one_line_and_resumable(small: Path) -> None:
 def test_json_of_describe_is_exactly_one_object(tmp_path: Path) -> None:
     done = cli("data", "describe", "digits", "--imbalance-factor", "30", "--json", cwd=tmp_path)
     described = json.loads(done.stdout)
-    assert set(described) == {"dataset", "imbalance_factor", "partition", "alpha", "seed", "class_counts", "total", "subset_sha256", "clients"}
+    assert set(described) == {
+        "dataset",
+        "imbalance_factor",
+        "partition",
+        "alpha",
+        "seed",
+        "class_counts",
+        "total",
+        "subset_sha256",
+        "clients",
+    }
     assert described["total"] == 266 == sum(c["size"] for c in described["clients"])
     assert set(described["clients"][0]) == {"size", "sha256", "histogram"}
 

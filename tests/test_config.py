@@ -20,14 +20,20 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 MISTAKES = [
-    ("federate.local.learning_rate = 0.1", r"table2.toml: federate.local.learning_rate: unknown key; did you mean 'lr'\?"),
+    (
+        "federate.local.learning_rate = 0.1",
+        r"table2.toml: federate.local.learning_rate: unknown key; did you mean 'lr'\?",
+    ),
     ("federate.local.epoch = 1", r"federate.local.epoch: unknown key; did you mean 'epochs'\?"),
     ("federat.rounds = 1", r"table2.toml: federat: unknown key; did you mean 'federate'\?"),
     ("federate.rounds = 'many'", r"federate.rounds: expected a whole number, got str 'many'"),
     ("federate.rounds = 1.5", r"federate.rounds: expected a whole number, got float 1.5"),
     ("federate.rounds = true", r"federate.rounds: expected a whole number, got bool True"),
     ("federate.rounds = 0", r"table2.toml: federate.rounds: 0 is below 1"),
-    ("federate.algorithm = 'fedprx'", r"table2.toml: federate.algorithm: unknown method 'fedprx'; did you mean 'fedprox'\?"),
+    (
+        "federate.algorithm = 'fedprx'",
+        r"table2.toml: federate.algorithm: unknown method 'fedprx'; did you mean 'fedprox'\?",
+    ),
     ("federate.algorithm = 'no_such_module:X'", r"federate.algorithm: no module 'no_such_module'"),
     ("federate.algorithm = 'json:JSONDecoder'", r"is not a subclass of mllm_fl.algorithms.base.Algorithm"),
     ("federate.method.mu = 0.1", r"federate.method.mu: unknown key"),
@@ -60,7 +66,12 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
 
 
 def test_resolved_configuration_fed_back_is_the_same(tmp_path: Path) -> None:
-    config = load(write(tmp_path, "seed = 3\nalign = true\nfederate.algorithm = 'fedprox'\nfederate.method.mu = 1\ndata.imbalance_factor = 30")).runs[0]
+    config = load(
+        write(
+            tmp_path,
+            "seed = 3\nalign = true\nfederate.algorithm = 'fedprox'\nfederate.method.mu = 1\ndata.imbalance_factor = 30",
+        )
+    ).runs[0]
     again = tmp_path / "resolved.toml"
     again.write_text(dumps(config.resolved()))
     assert from_dict(read_toml(again), "x") == config

@@ -12,7 +12,11 @@ from mllm_fl.losses import alignment, cross_entropy, kl, proximal
 @pytest.fixture
 def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    return torch.randn(6, 4, generator=g, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1]), torch.randn(6, 4, generator=g, dtype=torch.float64)
+    return (
+        torch.randn(6, 4, generator=g, dtype=torch.float64),
+        torch.tensor([0, 1, 2, 3, 0, 1]),
+        torch.randn(6, 4, generator=g, dtype=torch.float64),
+    )
 
 
 def test_alignment_gradient_is_p_minus_y_plus_beta_p_minus_q(case: tuple[torch.Tensor, ...]) -> None:
@@ -47,4 +51,6 @@ def test_kl_has_its_direction() -> None:
 
 
 def test_proximal_by_hand() -> None:
-    assert proximal({"a": torch.tensor([3.0, 4.0])}, {"a": torch.zeros(2)}, 0.1).item() == pytest.approx(1.25)  # 0.05 * 25
+    assert proximal({"a": torch.tensor([3.0, 4.0])}, {"a": torch.zeros(2)}, 0.1).item() == pytest.approx(
+        1.25
+    )  # 0.05 * 25

@@ -13,7 +13,18 @@ from mllm_fl.results import collect, read
 
 def finished(path: Path, arm: str, seed: int, accuracy: float) -> Path:
     path.mkdir(exist_ok=True)
-    (path / "final.json").write_text(json.dumps({"experiment": "e", "name": path.name, "arm": arm, "seed": seed, "config_hash": "x", "last": {"accuracy": accuracy}}))
+    (path / "final.json").write_text(
+        json.dumps(
+            {
+                "experiment": "e",
+                "name": path.name,
+                "arm": arm,
+                "seed": seed,
+                "config_hash": "x",
+                "last": {"accuracy": accuracy},
+            }
+        )
+    )
     return path
 
 

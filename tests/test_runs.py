@@ -15,7 +15,9 @@ from mllm_fl.runs import RunFolder, differences, environment, read_json, read_ro
 def test_second_process_is_refused_while_the_first_works(tmp_path: Path) -> None:
     code = "from pathlib import Path; from mllm_fl.runs import RunFolder; import sys\ntry:\n  RunFolder(Path(sys.argv[1]), {})\nexcept Exception as e: print(e)"
     with RunFolder(tmp_path / "r", {}):
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "r")], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "r")], capture_output=True, text=True, check=True
+        )
     assert "another process is working in this run folder" in done.stdout
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "r")], capture_output=True, text=True, check=True)
     assert done.stdout == ""
@@ -24,7 +26,10 @@ def test_second_process_is_refused_while_the_first_works(tmp_path: Path) -> None
 def test_another_configuration_is_refused_with_the_differing_keys(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "r", {"seed": 0, "federate": {"rounds": 3, "local": {"lr": 0.1}}}):
         pass
-    with pytest.raises(UserError, match=r"begun with another configuration: federate.local.lr \(0.1 -> 0.2\); federate.x \(absent -> 1\)"):
+    with pytest.raises(
+        UserError,
+        match=r"begun with another configuration: federate.local.lr \(0.1 -> 0.2\); federate.x \(absent -> 1\)",
+    ):
         RunFolder(tmp_path / "r", {"seed": 0, "federate": {"rounds": 3, "local": {"lr": 0.2}, "x": 1}})
     RunFolder(tmp_path / "r", {"seed": 0, "federate": {"rounds": 3, "local": {"lr": 0.1}}}).close()
 

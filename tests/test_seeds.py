@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -9,7 +11,14 @@ from mllm_fl.seeds import numpy_stream, seed_of, stream
 
 
 def test_same_name_same_draws_other_name_other_draws() -> None:
-    names = [(0, "a", 1, 2), (1, "a", 1, 2), (0, "b", 1, 2), (0, "a", 2, 1), (0, "a", 12), (0, "a", "1", 2, 0)]
+    names: list[tuple[Any, ...]] = [
+        (0, "a", 1, 2),
+        (1, "a", 1, 2),
+        (0, "b", 1, 2),
+        (0, "a", 2, 1),
+        (0, "a", 12),
+        (0, "a", "1", 2, 0),
+    ]
     assert len({seed_of(*n) for n in names}) == len(names)
     assert torch.equal(torch.rand(5, generator=stream(0, "a", 1)), torch.rand(5, generator=stream(0, "a", 1)))
     assert (numpy_stream(3, "x").random(4) == numpy_stream(3, "x").random(4)).all()

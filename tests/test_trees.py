@@ -31,7 +31,12 @@ def test_mean_lies_between_the_clients() -> None:
 
 
 def test_squared_distance_by_hand() -> None:
-    assert sq_dist({"a": torch.tensor([3.0]), "b": torch.tensor([0.0, 4.0])}, {"a": torch.tensor([0.0]), "b": torch.zeros(2)}).item() == 25
+    assert (
+        sq_dist(
+            {"a": torch.tensor([3.0]), "b": torch.tensor([0.0, 4.0])}, {"a": torch.tensor([0.0]), "b": torch.zeros(2)}
+        ).item()
+        == 25
+    )
 
 
 def test_what_is_wrong_with_an_update_is_said() -> None:

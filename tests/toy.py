@@ -19,10 +19,14 @@ def images(per_class: int, classes: int = 3, size: int = 8, seed: int = 0, name:
     labels = np.repeat(np.arange(classes), per_class).astype(np.int64)
     x = rng.integers(0, 120, (len(labels), 3, size, size))
     x[np.arange(len(labels)), labels % 3] += 90
-    return ImageSet(name, MemoryPixels(torch.from_numpy(x.astype(np.uint8))), labels, tuple(f"class {c}" for c in range(classes)))
+    return ImageSet(
+        name, MemoryPixels(torch.from_numpy(x.astype(np.uint8))), labels, tuple(f"class {c}" for c in range(classes))
+    )
 
 
-def federation(per_class: int = 20, clients: int = 4, classes: int = 3, partition: str = "iid", imbalance: float = 1) -> Federation:
+def federation(
+    per_class: int = 20, clients: int = 4, classes: int = 3, partition: str = "iid", imbalance: float = 1
+) -> Federation:
     """``clients`` clients over ``classes * per_class`` images and a test set of five a class."""
     train = images(per_class, classes, name="toy/train")
     config = DataConfig(partition=partition, clients=clients, min_size=1, imbalance_factor=imbalance)  # type: ignore[arg-type]

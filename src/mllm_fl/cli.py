@@ -30,7 +30,9 @@ STAGES = {
 def parser() -> argparse.ArgumentParser:
     """The words that are understood; values inside a configuration are overridden by --table.key VALUE."""
     top = argparse.ArgumentParser(
-        prog="mllm-fl", description="Federated learning on long-tailed images with a multimodal LLM on the server.", allow_abbrev=False
+        prog="mllm-fl",
+        description="Federated learning on long-tailed images with a multimodal LLM on the server.",
+        allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"mllm-fl {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -42,7 +44,9 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--seed", type=int, action="append", help="this seed instead of the file's (may be repeated)")
         p.add_argument("--jobs", type=int, default=1, help="runs at a time, each in its own process (default 1)")
         p.add_argument("--json-progress", action="store_true", help=argparse.SUPPRESS)
-        p.epilog = "Any value of the configuration: --federate.rounds 3, --data.alpha 0.1, ... (`--help-config` lists them)"
+        p.epilog = (
+            "Any value of the configuration: --federate.rounds 3, --data.alpha 0.1, ... (`--help-config` lists them)"
+        )
     p = verbs.add_parser("report", help="one self-contained HTML page from run folders", allow_abbrev=False)
     p.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold them")
     p.add_argument("--out", type=Path, default=Path("report.html"))
@@ -95,7 +99,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except OSError as e:
         where = f"{e.filename}: " if e.filename else ""
-        print(f"mllm-fl: {where}{e.strerror or e}; nothing finished is lost, mend it and run the same command", file=sys.stderr)
+        print(
+            f"mllm-fl: {where}{e.strerror or e}; nothing finished is lost, mend it and run the same command",
+            file=sys.stderr,
+        )
         return 2
 
 
@@ -139,7 +146,9 @@ def _one(verb: str, config: Config, root: Path, screen: Any, command: str) -> di
         return None
     if verb == "pretrain":
         if config.pretrain is None:
-            raise UserError("pretrain", "the configuration has no [pretrain] table", "add it, or an arm that has it: --arm NAME")
+            raise UserError(
+                "pretrain", "the configuration has no [pretrain] table", "add it, or an arm that has it: --arm NAME"
+            )
         chain.pretrain_stage(config, root, progress)
         screen.say(f"pretrained weights: {chain.pretrain_path(config, root)}")
         return None

@@ -67,4 +67,6 @@ class Screen:
         first = self._last.setdefault(key, 0.0) == 0.0
         if first or event.done >= event.total or now - self._last[key] >= 10:
             self._last[key] = now
-            print(f"{label} · {event.stage} {event.done}/{event.total} {event.note}".rstrip(), file=sys.stderr, flush=True)
+            print(
+                f"{label} · {event.stage} {event.done}/{event.total} {event.note}".rstrip(), file=sys.stderr, flush=True
+            )

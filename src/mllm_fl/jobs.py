@@ -35,7 +35,9 @@ class _Job:
     errors: list[str] = field(default_factory=list)
 
 
-def run_jobs(path: Path, configs: Sequence[Config], root: Path, rest: list[str], at_a_time: int, screen: Screen) -> list[dict[str, Any] | None]:
+def run_jobs(
+    path: Path, configs: Sequence[Config], root: Path, rest: list[str], at_a_time: int, screen: Screen
+) -> list[dict[str, Any] | None]:
     """Run all configurations, ``at_a_time`` processes together; returns their final.json contents in order.
 
     Raises:
@@ -51,7 +53,11 @@ def run_jobs(path: Path, configs: Sequence[Config], root: Path, rest: list[str],
                 assert job.process is not None
                 if job.process.returncode != 0:
                     why = next((e.removeprefix("mllm-fl: ") for e in reversed(job.errors) if e.strip()), "no message")
-                    raise UserError(job.label, f"stopped with status {job.process.returncode}: {why}", "the same command resumes the rest")
+                    raise UserError(
+                        job.label,
+                        f"stopped with status {job.process.returncode}: {why}",
+                        "the same command resumes the rest",
+                    )
                 if job.makes:
                     made.add(job.makes)
             for job in [j for j in waiting if j.waits_for is None or j.waits_for in made][: at_a_time - len(running)]:
@@ -90,7 +96,11 @@ def _plan(path: Path, configs: Sequence[Config], root: Path, rest: list[str]) ->
 def _start(job: _Job, screen: Screen) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     job.process = subprocess.Popen(
-        [sys.executable, "-m", "mllm_fl.cli", *job.argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        [sys.executable, "-m", "mllm_fl.cli", *job.argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
     )
     threading.Thread(target=_relay, args=(job, screen), daemon=True).start()
     threading.Thread(target=_errors, args=(job,), daemon=True).start()

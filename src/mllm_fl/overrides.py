@@ -18,13 +18,19 @@ def override(config: Config, args: list[str]) -> Config:
     try:
         import tyro
     except ImportError as e:
-        raise UserError("command line", "overriding values needs tyro", "pip install tyro, or put the values into the TOML file") from e
+        raise UserError(
+            "command line", "overriding values needs tyro", "pip install tyro, or put the values into the TOML file"
+        ) from e
     if "--help-config" in args:
-        tyro.cli(Config, default=config, args=["--help"], prog="mllm-fl VERB CONFIG", config=(tyro.conf.AvoidSubcommands,))
+        tyro.cli(
+            Config, default=config, args=["--help"], prog="mllm-fl VERB CONFIG", config=(tyro.conf.AvoidSubcommands,)
+        )
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(Config, default=config, args=args, config=(tyro.conf.AvoidSubcommands,), console_outputs=True)
+            return tyro.cli(
+                Config, default=config, args=args, config=(tyro.conf.AvoidSubcommands,), console_outputs=True
+            )
     except SystemExit as e:
         words = [line.strip("│╭╮╰╯─| ") for line in said.getvalue().splitlines()]
         text = " ".join(w for w in words if w and not w.startswith("For full helptext"))

@@ -35,7 +35,11 @@ def config_hash(resolved: Mapping[str, Any]) -> str:
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """The dotted keys in which two nested configurations differ, each with both values."""
     x, y = flatten(dict(a)), flatten(dict(b))
-    return [f"{k} ({x.get(k, 'absent')} -> {y.get(k, 'absent')})" for k in sorted(x.keys() | y.keys()) if x.get(k) != y.get(k)]
+    return [
+        f"{k} ({x.get(k, 'absent')} -> {y.get(k, 'absent')})"
+        for k in sorted(x.keys() | y.keys())
+        if x.get(k) != y.get(k)
+    ]
 
 
 class RunFolder:
@@ -58,7 +62,9 @@ class RunFolder:
         except Timeout as e:
             raise UserError(path, "another process is working in this run folder", "wait for it, or stop it") from e
         except OSError as e:
-            raise UserError(path, f"the run folder cannot be written: {e.strerror}", "choose another with --runs DIR") from e
+            raise UserError(
+                path, f"the run folder cannot be written: {e.strerror}", "choose another with --runs DIR"
+            ) from e
         try:
             for leftover in path.glob(".*.tmp-*"):  # of a killed process; the lock says that nobody writes here now
                 leftover.unlink()
@@ -66,7 +72,9 @@ class RunFolder:
             if config.exists():
                 diff = differences(read_toml(config), json.loads(json.dumps(resolved)))
                 if diff:
-                    raise UserError(path, f"was begun with another configuration: {'; '.join(diff)}", "use another folder or name")
+                    raise UserError(
+                        path, f"was begun with another configuration: {'; '.join(diff)}", "use another folder or name"
+                    )
             else:
                 write_atomic(config, dumps(resolved).encode())
         except BaseException:
@@ -114,7 +122,11 @@ class RunFolder:
             path, keep = self.path / name, int(lengths.get(name, 0))
             have = path.stat().st_size if path.exists() else 0
             if have < keep:
-                raise UserError(path, f"has {have} bytes, but the checkpoint was written when it had {keep}", "restore the file, or delete the run folder")
+                raise UserError(
+                    path,
+                    f"has {have} bytes, but the checkpoint was written when it had {keep}",
+                    "restore the file, or delete the run folder",
+                )
             if have > keep:
                 os.truncate(path, keep)
 
@@ -194,7 +206,9 @@ def _commit() -> str | None:
 def _processor() -> str:
     try:
         info = Path("/proc/cpuinfo").read_text()
-        name = next((x.split(":", 1)[1].strip() for x in info.splitlines() if x.startswith("model name")), platform.machine())
+        name = next(
+            (x.split(":", 1)[1].strip() for x in info.splitlines() if x.startswith("model name")), platform.machine()
+        )
         kinds = [k for k in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f" {k}" in info]
         return f"{name} ({', '.join(kinds)})" if kinds else name
     except OSError:

@@ -30,7 +30,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        raise UserError(path, "no such file", f"did you mean {path.parent / near[0]}?" if near else "give the path of a TOML file") from e
+        raise UserError(
+            path, "no such file", f"did you mean {path.parent / near[0]}?" if near else "give the path of a TOML file"
+        ) from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UserError(path, f"not valid TOML: {e}") from e
     except OSError as e:
@@ -47,7 +49,10 @@ def build(cls: type[T], raw: dict[str, Any], place: str, prefix: str = "", given
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in raw:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4) or [k for k in fields if k in key or key in k][:1]
+            near = (
+                difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
+                or [k for k in fields if k in key or key in k][:1]
+            )
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
             raise UserError(f"{place}: {prefix}{key}", "unknown key", hint)
     kwargs = dict(given or {})
@@ -114,7 +119,9 @@ def to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, f.name)
         if value is None:
             continue
-        out[f.name] = to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        out[f.name] = (
+            to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        )
     return out
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import torch
+from tests import toy
 
 from mllm_fl.algorithms.base import Broadcast, Shard, Task
 from mllm_fl.algorithms.fedprox import FedProx
 from mllm_fl.engines.local import LocalConfig, train_client
 from mllm_fl.trees import Tree
-from tests import toy
 
 
 class Quadratic(FedProx):
     """F(w) = 1/2 ||w - 3||^2 in place of cross-entropy, over the classifier's bias."""
 
-    def objective(self, task: Task, w: Tree, msg: Broadcast, mine: Tree, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def objective(
+        self, task: Task, w: Tree, msg: Broadcast, mine: Tree, x: torch.Tensor, y: torch.Tensor
+    ) -> torch.Tensor:
         from mllm_fl.losses import proximal
 
-        return 0.5 * (w["classifier.bias"] - 3).square().sum() + proximal({k: w[k] for k in task.trainable}, msg.w, self.mu)
+        return 0.5 * (w["classifier.bias"] - 3).square().sum() + proximal(
+            {k: w[k] for k in task.trainable}, msg.w, self.mu
+        )
 
 
 def test_converges_to_the_proximal_point() -> None:
@@ -35,7 +39,9 @@ def test_gradient_is_mu_times_the_distance() -> None:
     anchor = Broadcast({k: v - 0.25 if k in task.trainable else v for k, v in w.items()}, {})
     x, y = fed.test.normalised([0, 5, 10]), torch.tensor([0, 1, 2])
     leaves = {k: v.clone().requires_grad_(k in task.trainable) for k, v in w.items()}
-    loss = FedProx(mu=0.4).objective(task, leaves, anchor, {}, x, y) - FedProx(mu=0.0).objective(task, leaves, anchor, {}, x, y)
+    loss = FedProx(mu=0.4).objective(task, leaves, anchor, {}, x, y) - FedProx(mu=0.0).objective(
+        task, leaves, anchor, {}, x, y
+    )
     grads = torch.autograd.grad(loss, [leaves[k] for k in task.trainable])
     for g in grads:
         assert torch.allclose(g, torch.full_like(g, 0.4 * 0.25), atol=1e-5)

@@ -29,7 +29,9 @@ ROWS: dict[str, dict[str, Any]] = {  # name -> fields under which the method mus
 METHOD = pytest.mark.parametrize("name", sorted(METHODS))
 
 
-def play(method: Algorithm, shards: list[ImageSet], rounds: int = 2, arrival: list[int] | None = None) -> tuple[Task, Tree]:
+def play(
+    method: Algorithm, shards: list[ImageSet], rounds: int = 2, arrival: list[int] | None = None
+) -> tuple[Task, Tree]:
     """A few rounds by hand, without engine or run folder; ``arrival``: the order in which clients are trained."""
     fed = toy.federation()
     net_task, w = toy.task(fed)

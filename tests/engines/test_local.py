@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from tests import toy
 
 from mllm_fl.algorithms.base import Broadcast, FedAvg, Shard
 from mllm_fl.data.augment import augment
@@ -13,7 +16,6 @@ from mllm_fl.errors import UserError
 from mllm_fl.models.network import ModelConfig, build_network
 from mllm_fl.seeds import stream
 from mllm_fl.trees import Tree, digest, weighted_mean
-from tests import toy
 
 LOCAL = LocalConfig(epochs=3, batch_size=8, lr=0.1, momentum=0.9, weight_decay=1e-3)
 
@@ -30,7 +32,9 @@ def centralised(rounds: int) -> Tree:
         for _ in range(3):
             for batch in torch.randperm(len(images), generator=shuffle).split(8):
                 optimiser.zero_grad()
-                F.cross_entropy(net(augment(x_all[batch], draws, padding=1, flip=True, mode="batch"))[1], y_all[batch]).backward()
+                F.cross_entropy(
+                    net(augment(x_all[batch], draws, padding=1, flip=True, mode="batch"))[1], y_all[batch]
+                ).backward()
                 optimiser.step()
     return dict(net.state_dict())
 
@@ -51,7 +55,9 @@ def test_one_client_is_centralised_sgd_including_batch_norm() -> None:
 def test_two_clients_average_by_hand_including_batch_norm() -> None:
     fed = toy.federation(clients=2, per_class=7)
     task, w = toy.task(fed)
-    sent = [train_client(task, FedAvg(), Broadcast(w, {}), {}, Shard(k, 1, fed.client(k), 0), LOCAL)[0] for k in range(2)]
+    sent = [
+        train_client(task, FedAvg(), Broadcast(w, {}), {}, Shard(k, 1, fed.client(k), 0), LOCAL)[0] for k in range(2)
+    ]
     state = FedAvg().server(task, FedAvg().init(task, w), sent)
     n = [u.weight for u in sent]
     assert n == [11.0, 10.0] or n == [10.0, 11.0]
@@ -98,13 +104,16 @@ def test_last_partial_batch_is_kept_and_steps_are_counted() -> None:
 def test_large_shards_are_read_batch_by_batch_with_equal_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     fed = toy.federation()
     task, w = toy.task(fed)
-    args = (task, FedAvg(), Broadcast(w, {}), {}, Shard(0, 1, fed.client(0), 0), LOCAL)
+    args: Any = (task, FedAvg(), Broadcast(w, {}), {}, Shard(0, 1, fed.client(0), 0), LOCAL)
     whole = digest(train_client(*args)[0].w)
     monkeypatch.setattr("mllm_fl.engines.local._fits", lambda shard: False)
     assert digest(train_client(*args)[0].w) == whole
 
 
-@pytest.mark.parametrize(("field", "value"), [("epochs", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("momentum", 1.0), ("weight_decay", -1.0)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("epochs", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("momentum", 1.0), ("weight_decay", -1.0)],
+)
 def test_out_of_range_values_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"^federate.local.{field}: "):
         LocalConfig(**{field: value})  # type: ignore[arg-type]
@@ -113,5 +122,9 @@ def test_out_of_range_values_are_refused_by_name(field: str, value: float) -> No
 def test_weighted_mean_of_updates_is_what_the_server_returns() -> None:
     fed = toy.federation(clients=2)
     task, w = toy.task(fed)
-    sent = [train_client(task, FedAvg(), Broadcast(w, {}), {}, Shard(k, 1, fed.client(k), 0), LOCAL)[0] for k in range(2)]
-    assert digest(FedAvg().server(task, FedAvg().init(task, w), sent).w) == digest(weighted_mean((u.weight, u.w) for u in sent))
+    sent = [
+        train_client(task, FedAvg(), Broadcast(w, {}), {}, Shard(k, 1, fed.client(k), 0), LOCAL)[0] for k in range(2)
+    ]
+    assert digest(FedAvg().server(task, FedAvg().init(task, w), sent).w) == digest(
+        weighted_mean((u.weight, u.w) for u in sent)
+    )

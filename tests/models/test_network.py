@@ -10,7 +10,9 @@ from mllm_fl.errors import UserError
 from mllm_fl.models.network import ModelConfig, build_network
 
 
-@pytest.mark.parametrize(("width", "classes", "parameters"), [(64, 10, 1_227_594), (64, 100, 1_250_724), (16, 10, 78_042), (16, 100, 83_892)])
+@pytest.mark.parametrize(
+    ("width", "classes", "parameters"), [(64, 10, 1_227_594), (64, 100, 1_250_724), (16, 10, 78_042), (16, 100, 83_892)]
+)
 def test_parameter_counts(width: int, classes: int, parameters: int) -> None:
     net = build_network(ModelConfig(width=width), classes, 0)
     assert sum(p.numel() for p in net.parameters()) == parameters
@@ -56,9 +58,14 @@ def test_weights_depend_on_the_seed_and_on_nothing_else() -> None:
     before = torch.random.get_rng_state()
     a = build_network(ModelConfig(width=2), 3, 0).state_dict()
     torch.rand(7)
-    b, c = build_network(ModelConfig(width=2), 3, 0).state_dict(), build_network(ModelConfig(width=2), 3, 1).state_dict()
+    b, c = (
+        build_network(ModelConfig(width=2), 3, 0).state_dict(),
+        build_network(ModelConfig(width=2), 3, 1).state_dict(),
+    )
     assert all(torch.equal(a[k], b[k]) for k in a)
-    assert not torch.equal(a["conv.weight" if "conv.weight" in a else "backbone.conv.weight"], c["backbone.conv.weight"])
+    assert not torch.equal(
+        a["conv.weight" if "conv.weight" in a else "backbone.conv.weight"], c["backbone.conv.weight"]
+    )
     torch.random.set_rng_state(before)
 
 

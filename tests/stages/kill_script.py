@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests import toy
 
 from mllm_fl.engines import checkpoint, serial
 from mllm_fl.engines.local import LocalConfig
 from mllm_fl.runs import RunFolder
 from mllm_fl.stages.federate import FederateConfig, federate, outcome
 from mllm_fl.trees import digest
-from tests import toy
 
 CONFIG = FederateConfig(rounds=3, clients_per_round=2, evaluate_last=3, local=LocalConfig(epochs=1, batch_size=8))
 
@@ -43,7 +43,9 @@ class Points:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def arm(self) -> None:
-        real_fsync, real_replace, real_open, real_train = os.fsync, os.replace, builtins.open, serial.train_client
+        real_fsync, real_replace, real_open = os.fsync, os.replace, builtins.open
+        engine: Any = serial  # its client loop is one of the points
+        real_train = engine.train_client
 
         def fsync(fd: Any) -> None:
             self("before fsync")
@@ -56,7 +58,7 @@ class Points:
             self(f"after rename of {Path(b).name}")
 
         def halving_open(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            f = real_open(path, mode, *args, **kwargs)
+            f: Any = real_open(path, mode, *args, **kwargs)
             if "w" in mode or "a" in mode:
                 real_write = f.write
 
@@ -73,9 +75,10 @@ class Points:
             self("before a client")
             return real_train(*args, **kwargs)
 
-        os.fsync, os.replace = fsync, replace
+        os.fsync = fsync
+        os.replace = replace  # type: ignore[assignment]
         builtins.open = halving_open  # type: ignore[assignment]
-        serial.train_client = train
+        engine.train_client = train
 
 
 class _Wrapped:
@@ -128,7 +131,10 @@ def fingerprint(folder: Path) -> dict[str, str]:
     """What must be equal: weights and memory, rows, and the final record."""
     tensors, _ = checkpoint.load_checkpoint(folder / "checkpoint.safetensors")
     model, _ = checkpoint.load_checkpoint(folder / "model.safetensors")
-    files = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in ("rounds.jsonl", "clients.jsonl", "final.json")}
+    files = {
+        n: hashlib.sha256((folder / n).read_bytes()).hexdigest()
+        for n in ("rounds.jsonl", "clients.jsonl", "final.json")
+    }
     return {"checkpoint": digest(tensors), "model": digest(model), **files}
 
 
@@ -148,9 +154,12 @@ def main(root: Path) -> None:
         leftovers = sorted(p.name for p in folder.iterdir() if ".tmp" in p.name) if folder.exists() else []
         results.append(
             {
-                "point": names[fatal - 1], "killed": os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL,
-                "resumed": again == 0, "equal": again == 0 and fingerprint(folder) == expected, "leftovers": leftovers,
-            }  # fmt: skip
+                "point": names[fatal - 1],
+                "killed": os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL,
+                "resumed": again == 0,
+                "equal": again == 0 and fingerprint(folder) == expected,
+                "leftovers": leftovers,
+            }
         )
     print(json.dumps({"points": len(names), "results": results}))
 

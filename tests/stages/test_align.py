@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tests import toy
 
 from mllm_fl.engines.local import LocalConfig
 from mllm_fl.errors import UserError
@@ -16,7 +17,6 @@ from mllm_fl.seeds import stream
 from mllm_fl.stages.align import AlignConfig, balanced, make_aligner
 from mllm_fl.stages.federate import FederateConfig, federate
 from mllm_fl.trees import digest
-from tests import toy
 
 CONFIG = AlignConfig(per_class=4, steps=5, batch_size=6, lr=0.05, augment="none")
 
@@ -55,7 +55,9 @@ def test_batch_norm_statistics_stay_unless_told() -> None:
 def test_head_only_moves_the_head_only() -> None:
     fed = toy.federation()
     task, w = toy.task(fed)
-    aligned, _ = make_aligner(dataclasses.replace(CONFIG, parameters="head"), balanced(fed.train, 4, stream(0, "x")), None)(task, w, 1)
+    aligned, _ = make_aligner(
+        dataclasses.replace(CONFIG, parameters="head"), balanced(fed.train, 4, stream(0, "x")), None
+    )(task, w, 1)
     moved = {k for k in w if not torch.equal(aligned[k], w[k])}
     assert moved == {"classifier.weight", "classifier.bias"}
 
@@ -106,7 +108,9 @@ def test_after_every_aggregation_or_once_at_the_end(tmp_path: Path) -> None:
         assert rows[-1]["accuracy_before_align"] is not None
 
 
-@pytest.mark.parametrize(("field", "value"), [("beta", -1.0), ("temperature", 0.0), ("lr", 0.0), ("steps", 0), ("per_class", 0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("beta", -1.0), ("temperature", 0.0), ("lr", 0.0), ("steps", 0), ("per_class", 0)]
+)
 def test_out_of_range_values_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"^align.{field}: "):
         AlignConfig(**{field: value})  # type: ignore[arg-type]

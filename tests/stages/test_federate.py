@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests import toy
 
 from mllm_fl.algorithms.base import Broadcast, FedAvg, Local, Task, Update
 from mllm_fl.data.longtail import groups
@@ -18,7 +19,6 @@ from mllm_fl.errors import UserError
 from mllm_fl.runs import RunFolder, read_rows
 from mllm_fl.stages.federate import FederateConfig, federate, online_clients, outcome
 from mllm_fl.trees import Tree, clone, digest, nbytes
-from tests import toy
 
 LOCAL = LocalConfig(epochs=1, batch_size=8, lr=0.05, augment="none")
 BASE = FederateConfig(rounds=3, clients_per_round=2, local=LOCAL)
@@ -85,7 +85,16 @@ def test_learns_and_records(run: RunFolder) -> None:
     assert set(final["seconds"]) == {"clients", "server", "align", "evaluate"}
 
 
-@pytest.mark.parametrize(("what", "reason"), [("nan", "classifier.bias: NaN"), ("inf", "classifier.bias: Inf"), ("huge", "magnitude"), ("shape", "shape (99,)"), ("weight", "weight nan")])
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("nan", "classifier.bias: NaN"),
+        ("inf", "classifier.bias: Inf"),
+        ("huge", "magnitude"),
+        ("shape", "shape (99,)"),
+        ("weight", "weight nan"),
+    ],
+)
 def test_a_bad_update_is_dropped_and_the_rest_renormalised(tmp_path: Path, what: str, reason: str) -> None:
     fed = toy.federation(clients=2)
     task, w = toy.task(fed)
@@ -141,7 +150,10 @@ def test_too_many_online_clients_are_refused(run: RunFolder) -> None:
 def test_checkpoint_of_another_model_is_refused(run: RunFolder) -> None:
     fed = toy.federation()
     federate(BASE, *_args(fed, 2), run)
-    with pytest.raises(UserError, match=r"checkpoint of another model: backbone.conv.weight is \(2, 3, 3, 3\) there, \(4, 3, 3, 3\) here"):
+    with pytest.raises(
+        UserError,
+        match=r"checkpoint of another model: backbone.conv.weight is \(2, 3, 3, 3\) there, \(4, 3, 3, 3\) here",
+    ):
         federate(BASE, *_args(fed, 4), run)
 
 

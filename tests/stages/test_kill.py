@@ -13,7 +13,12 @@ def test_sigkill_anywhere_then_resume_gives_equal_bytes(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     env = os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.stages.kill_script", str(tmp_path)], cwd=root, env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.stages.kill_script", str(tmp_path)],
+        cwd=root,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -33,7 +33,9 @@ def find(name: str, place: str = "federate.algorithm") -> type[Algorithm]:
     try:
         cls = getattr(importlib.import_module(module), cls_name, None)
     except ModuleNotFoundError as e:
-        raise UserError(place, f"no module {e.name!r} for {name!r}", "run where the module lies, or set PYTHONPATH") from e
+        raise UserError(
+            place, f"no module {e.name!r} for {name!r}", "run where the module lies, or set PYTHONPATH"
+        ) from e
     except Exception as e:
         raise UserError(place, f"importing {module!r} failed: {type(e).__name__}: {e}", "mend the module") from e
     if cls is None:

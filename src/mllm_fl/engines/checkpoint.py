@@ -56,7 +56,9 @@ def load_checkpoint(path: Path) -> tuple[Tree, dict[str, Any]]:
             meta = f.metadata() or {}
             tensors: Tree = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as e:
-        raise UserError(path, f"truncated or damaged checkpoint ({e})", "delete it to start this run from its beginning") from e
+        raise UserError(
+            path, f"truncated or damaged checkpoint ({e})", "delete it to start this run from its beginning"
+        ) from e
     if "record" not in meta:
         raise UserError(path, "not a checkpoint of mllm-fl (no record in its header)")
     if digest(tensors) != meta.get("digest"):

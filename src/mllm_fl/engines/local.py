@@ -93,7 +93,9 @@ def train_client(
             loss_sum += float(loss.detach())
             steps += 1
     w = {k: v.detach() for k, v in w.items()}
-    update, remembered = algorithm.finish(task, Local(shard.client, w, steps, loss_sum / max(steps, 1), shard), msg, mine)
+    update, remembered = algorithm.finish(
+        task, Local(shard.client, w, steps, loss_sum / max(steps, 1), shard), msg, mine
+    )
     if batch_norm == "local":
         buffers = {k: v.clone() for k, v in w.items() if k not in set(trainable)}
         remembered = {**remembered, **prefixed(buffers, _BN)}

@@ -51,7 +51,9 @@ class AlignConfig:
     def __post_init__(self) -> None:
         for name in ("per_class", "steps", "batch_size"):
             if getattr(self, name) < 1:
-                raise UserError(f"align.{name}", f"{getattr(self, name)} is below 1", "leave [align] out to switch alignment off")
+                raise UserError(
+                    f"align.{name}", f"{getattr(self, name)} is below 1", "leave [align] out to switch alignment off"
+                )
         if not self.beta >= 0:
             raise UserError("align.beta", f"{self.beta} is negative", "0 is cross-entropy alone")
         if not self.temperature > 0:
@@ -71,7 +73,11 @@ def balanced(images: ImageSet, per_class: int, generator: torch.Generator) -> Im
     for c, name in enumerate(images.class_names):
         mine = torch.nonzero(labels == c).flatten()
         if len(mine) < per_class:
-            raise UserError("align.per_class", f"class {name!r} has {len(mine)} images in {images.name}, {per_class} asked for", "ask for fewer")
+            raise UserError(
+                "align.per_class",
+                f"class {name!r} has {len(mine)} images in {images.name}, {per_class} asked for",
+                "ask for fewer",
+            )
         chosen += mine[torch.randperm(len(mine), generator=generator)[:per_class]].tolist()
     return images.subset(chosen, f"{images.name}, {per_class} a class")
 
@@ -114,7 +120,9 @@ class Aligner:
 ZeroShot = Callable[[Tensor], Tensor]  # uint8 images (n, 3, h, w) -> logits (n, C)
 
 
-def make_aligner(config: AlignConfig, images: ImageSet, teacher: ZeroShot | None, *, refuse_below: float = 2.0) -> Aligner:
+def make_aligner(
+    config: AlignConfig, images: ImageSet, teacher: ZeroShot | None, *, refuse_below: float = 2.0
+) -> Aligner:
     """D_align and q = CLIP's zero-shot logits on it, computed once: the teacher sees images un-augmented.
 
     Raises:

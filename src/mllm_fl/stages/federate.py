@@ -60,7 +60,9 @@ class FederateConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"federate.{name}", f"{getattr(self, name)} is below 1")
         if not isinstance(self.method, find(self.algorithm)):
-            raise UserError("federate.method", f"holds a {type(self.method).__name__}, but federate.algorithm is {self.algorithm!r}")
+            raise UserError(
+                "federate.method", f"holds a {type(self.method).__name__}, but federate.algorithm is {self.algorithm!r}"
+            )
 
 
 def online_clients(config: FederateConfig, clients: int, data_seed: int, seed: int) -> Iterator[list[int]]:
@@ -95,7 +97,8 @@ def federate(
     """
     if config.clients_per_round > len(task.population):
         raise UserError(
-            "federate.clients_per_round", f"{config.clients_per_round} online clients, but the federation has {len(task.population)}"
+            "federate.clients_per_round",
+            f"{config.clients_per_round} online clients, but the federation has {len(task.population)}",
         )
     state = config.method.init(task, w)
     memory: dict[int, Tree] = {}
@@ -150,10 +153,17 @@ def _round(
             reason = _why_rejected(u, msg.w, config.limit)
             rows.append(
                 {
-                    "round": t, "client": u.client, "samples": len(federation.clients[u.client]), "steps": int(u.metrics.get("steps", 0)),
-                    "loss": _finite(u.metrics.get("loss")), "weight": _finite(u.weight), "status": "rejected" if reason else "ok",
-                    "reason": reason, "bytes_up": nbytes(u.w) + nbytes(u.extra), "bytes_down": down,
-                }  # fmt: skip
+                    "round": t,
+                    "client": u.client,
+                    "samples": len(federation.clients[u.client]),
+                    "steps": int(u.metrics.get("steps", 0)),
+                    "loss": _finite(u.metrics.get("loss")),
+                    "weight": _finite(u.weight),
+                    "status": "rejected" if reason else "ok",
+                    "reason": reason,
+                    "bytes_up": nbytes(u.w) + nbytes(u.extra),
+                    "bytes_down": down,
+                }
             )
             if reason:
                 run.event("update rejected", round=t, client=u.client, reason=reason)
@@ -187,7 +197,9 @@ def _round(
         row |= dict.fromkeys(("accuracy", "class_weighted", "per_class", "many", "medium", "few"))
     ok = [r for r in rows if r["status"] == "ok"]
     row |= {
-        "train_loss": sum(r["loss"] * r["weight"] for r in ok if r["loss"] is not None) / sum(r["weight"] for r in ok) if ok else None,
+        "train_loss": sum(r["loss"] * r["weight"] for r in ok if r["loss"] is not None) / sum(r["weight"] for r in ok)
+        if ok
+        else None,
         "bytes_up": sum(r["bytes_up"] for r in rows),
         "bytes_down": sum(r["bytes_down"] for r in rows),
         "rejected": len(rows) - len(ok),
@@ -200,9 +212,12 @@ def _round(
         "timings.jsonl",
         [
             {
-                "round": t, "client_seconds": client_seconds, "server_seconds": aggregated - start - client_seconds,
-                "align_seconds": aligned - aggregated, "eval_seconds": now - aligned,
-            }  # fmt: skip
+                "round": t,
+                "client_seconds": client_seconds,
+                "server_seconds": aggregated - start - client_seconds,
+                "align_seconds": aligned - aggregated,
+                "eval_seconds": now - aligned,
+            }
         ],
     )
     return state, memory, row
@@ -211,7 +226,9 @@ def _round(
 def _why_rejected(u: Update, like: Tree, limit: float) -> str | None:
     if not (0 < u.weight < float("inf")):
         return f"weight {u.weight}"
-    return why_invalid(u.w, like, limit) or why_not_finite({k: v for k, v in u.extra.items() if v.dtype.is_floating_point}, float("inf"))
+    return why_invalid(u.w, like, limit) or why_not_finite(
+        {k: v for k, v in u.extra.items() if v.dtype.is_floating_point}, float("inf")
+    )
 
 
 def _finite(v: float | None) -> float | None:
@@ -232,12 +249,16 @@ def _load(path: Any, fresh: Server) -> tuple[Server, dict[int, Tree], dict[str, 
     return Server(w, under(tensors, "extra/"), int(record["round"])), memory, record["lengths"]
 
 
-def outcome(config: FederateConfig, task: Task, state: Server, test: ImageSet, groups: Groups, run: RunFolder) -> dict[str, Any]:
+def outcome(
+    config: FederateConfig, task: Task, state: Server, test: ImageSet, groups: Groups, run: RunFolder
+) -> dict[str, Any]:
     """The numbers of a finished run, for final.json: last round, mean of the last 20, maximum, EMA, bytes, seconds."""
     rows, timings = read_rows(run.path / "rounds.jsonl"), read_rows(run.path / "timings.jsonl")
     confusion = evaluate(task, config.method.deploy(task, state), test)
-    seconds = {name: sum(r[f"{key}_seconds"] for r in timings) for name, key in
-               (("clients", "client"), ("server", "server"), ("align", "align"), ("evaluate", "eval"))}  # fmt: skip
+    seconds = {
+        name: sum(r[f"{key}_seconds"] for r in timings)
+        for name, key in (("clients", "client"), ("server", "server"), ("align", "align"), ("evaluate", "eval"))
+    }
     return {
         "algorithm": config.algorithm,
         "rounds": config.rounds,
