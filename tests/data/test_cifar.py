@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tests.data.pictures import encoded, noise, write_parquet
 
+from mllm_fl.data.check import leaks, pixel_hashes
 from mllm_fl.data.cifar import load_cifar
 from mllm_fl.data.config import DataConfig
 from mllm_fl.data.federation import build
@@ -166,3 +167,19 @@ def test_real_cifar_pixels_have_the_known_mean_colour() -> None:
     )
     assert (mean / 255).round(4).tolist() == [0.4914, 0.4822, 0.4465]
     assert [test.class_names[c] for c in test.labels[:3]] == ["cat", "ship", "ship"]
+    assert leaks(train, test) == 0
+
+
+@pytest.mark.data
+@needs_data
+def test_cifar100_as_published_repeats_ten_training_images_in_its_test_set() -> None:
+    """A property of the data set that every run on it has to declare; six of the ten pairs even carry different labels."""
+    train, test = load_cifar("cifar100", None)
+    where = {digest: int(label) for digest, label in zip(pixel_hashes(test), test.labels, strict=True)}
+    pairs = [
+        (int(label), where[digest])
+        for digest, label in zip(pixel_hashes(train), train.labels, strict=True)
+        if digest in where
+    ]
+    assert len(pairs) == leaks(train, test) == 10
+    assert sum(a != b for a, b in pairs) == 6
