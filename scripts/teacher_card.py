@@ -39,8 +39,8 @@ def clip_figures(name: str) -> dict[str, Any]:
 def llava_figures(name: str, count: int) -> dict[str, Any]:
     """Answers to every kind of question on ``count`` fresh glyphs, checked against the scenes; and the same answers blind."""
     from mllm_fl.annotate.agreement import agreement
-    from mllm_fl.annotate.backends.local import LocalBackend
     from mllm_fl.annotate.backends.base import Request
+    from mllm_fl.annotate.backends.local import LocalBackend
     from mllm_fl.annotate.prompts import prompts_for
 
     images, scenes = render_glyphs(count, FRESH_SEED, image_size=16)
@@ -53,7 +53,7 @@ def llava_figures(name: str, count: int) -> dict[str, Any]:
         for prompt in prompts_for(("caption", "conversation", "detail", "reasoning"), "glyphs"):
             asked = [prompt.questions(f"{i:012x}") for i in range(count)]
             shown = [images.read([(i + 1) % count if blind else i])[0] for i in range(count)]
-            requests = [Request(x, prompt.system, q) for x, q in zip(shown, asked, strict=True)]
+            requests = [Request(x, q, prompt.system) for x, q in zip(shown, asked, strict=True)]
             replies: dict[int, Any] = {}
             backend.answer(requests, lambda done, replies=replies: replies.update(done))  # type: ignore[misc]
             for i in range(count):

@@ -41,7 +41,7 @@ def save(folder: Path, key: str, cells: Tensor, scenes: list[Scene]) -> None:
     """Write a request's result under a temporary name, flush it to disk, then rename it."""
     path = folder / f"glyphs-{key}.safetensors"
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    records = json.dumps([{k: v for k, v in vars(scene).items()} for scene in scenes])
+    records = json.dumps([dict(vars(scene)) for scene in scenes])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"cells": cells.to(torch.uint8).contiguous()}, temporary, {"scenes": records})

@@ -11,16 +11,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mllm_fl.algorithms.base import Task
+from mllm_fl.annotate.corpus import Corpus
 from mllm_fl.config import Config
 from mllm_fl.data.check import leaks
 from mllm_fl.data.federation import Federation
 from mllm_fl.data.federation import build as build_federation
 from mllm_fl.data.folder import all_images
 from mllm_fl.data.glyphs import glyph_set
-from mllm_fl.data.images import ImageSet
+from mllm_fl.data.images import ImageSet, MemoryPixels
 from mllm_fl.data.longtail import groups
 from mllm_fl.data.manifest import save as save_manifest
 from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
@@ -102,6 +104,12 @@ def federation_of(config: Config) -> Federation:
     return _federations[key]
 
 
+def open_images(config: Config, root: Path, federation: Federation) -> ImageSet:
+    """The corpus's images at the size of the test images, to be compared with them; unlabelled."""
+    pixels = Corpus.open(corpus_path(config, root)).pixels(federation.test.read([0]).shape[-1])
+    return ImageSet("open images", MemoryPixels(pixels), np.full(len(pixels), -1), ())
+
+
 def alignment_images(config: Config, federation: Federation) -> ImageSet:
     """D_align: class-balanced server images from the source that [align] names, normalised like the clients' images."""
     assert config.align is not None
@@ -166,6 +174,8 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
         found = {"train/test": leaks(federation.subset, federation.test)}
         if aligned_on is not None:
             found["align/test"] = leaks(aligned_on, federation.test)
+        if config.pretrain is not None:
+            found["open/test"] = leaks(open_images(config, root, federation), federation.test)
         _check_leaks(config, found)
         save_manifest(federation.manifest, path / "manifest.json")
         folder.write_json("env.json", environment() | {"command": command})

@@ -133,7 +133,7 @@ def conversation_ids(tokenizer: Any, turns: list[tuple[str, str]], image_tokens:
 
 def train_llava(clip: Any, processor: Any, count: int, steps: int, seed: int, log: Log) -> tuple[Any, Any]:
     """(LlavaForConditionalGeneration, LlavaProcessor) with mini-CLIP's frozen vision tower, after ``steps`` batches of 64."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, LlamaConfig
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     images, scenes = render_glyphs(count, seed + 1, characters=DIGITS * 2 + LETTERS, image_size=SIZE)
     tokenizer = make_tokenizer(append=False)
