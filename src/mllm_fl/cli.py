@@ -65,8 +65,12 @@ def parser() -> argparse.ArgumentParser:
         q.add_argument("--alpha", type=float, default=0.5)
         q.add_argument("--clients", type=int, default=20)
         q.add_argument("--seed", type=int, default=7)
+        q.add_argument("--min-size", type=int, default=10, help="smallest client of a dirichlet partition (default 10)")
+        q.add_argument("--image-size", type=int, help="pixels a side (default: the source's own)")
+        q.add_argument("--manifest", help="a saved manifest that decides who holds what")
         if verb == "describe":
             q.add_argument("--json", action="store_true", help="exactly one JSON object on stdout")
+            q.add_argument("--save-manifest", type=Path, help="also write who holds what to this file")
         else:
             q.add_argument("--out", type=Path, required=True, help="folder to write")
     q = data.add_parser("check", help="corrupt, duplicate and leaked images", allow_abbrev=False)
@@ -201,16 +205,21 @@ def _data(args: argparse.Namespace) -> int:
         report = check(args.sources, root=args.root)
         print(json.dumps(report.to_dict()) if args.json else report.text())
         return 0 if report.clean else 1
-    if args.data_verb == "describe":
-        from mllm_fl.data.describe import describe, render
-
-        described = describe(_data_config(args))
-        print(json.dumps(described) if args.json else render(described))
-        return 0
     from mllm_fl.data.federation import build
+
+    federation = build(_data_config(args))
+    if args.data_verb == "describe":
+        from mllm_fl.data.describe import render, summary
+        from mllm_fl.data.manifest import save
+
+        if args.save_manifest:
+            save(federation.manifest, args.save_manifest)
+        described = summary(federation)
+        print(json.dumps(described) if args.json else render(described, federation.class_names))
+        return 0
     from mllm_fl.data.pack import pack
 
-    print(pack(build(_data_config(args)), args.out))
+    print(pack(federation, args.out))
     return 0
 
 
@@ -220,6 +229,7 @@ def _data_config(args: argparse.Namespace) -> DataConfig:
     return DataConfig(
         source=args.source, root=args.root, imbalance_factor=args.imbalance_factor, partition=args.partition, alpha=args.alpha,
         clients=args.clients, seed=args.seed,
+        min_size=args.min_size, image_size=args.image_size, manifest=args.manifest,
     )  # fmt: skip
 
 

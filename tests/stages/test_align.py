@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from tests import toy
 
+from mllm_fl.data.check import leaks, pixel_hashes
 from mllm_fl.engines.local import LocalConfig
 from mllm_fl.errors import UserError
 from mllm_fl.runs import RunFolder, read_rows
 from mllm_fl.seeds import stream
-from mllm_fl.stages.align import AlignConfig, balanced, make_aligner
+from mllm_fl.stages.align import AlignConfig, balanced, leftovers, make_aligner
 from mllm_fl.stages.federate import FederateConfig, federate
 from mllm_fl.trees import digest
 
@@ -92,6 +93,16 @@ def test_balanced_draws_per_class_or_names_the_class_that_lacks_images() -> None
     assert balanced(train, 7, stream(0, "x")).class_counts() == [7, 7, 7]
     with pytest.raises(UserError, match="class 'class 0' has 20 images in toy/train, 21 asked for"):
         balanced(train, 21, stream(0, "x"))
+
+
+def test_leftovers_are_balanced_and_say_what_clients_hold_too() -> None:
+    fed = toy.federation(imbalance=4, clients=2)  # of 20 a class are kept 20, 10, 5: nothing is left of class 0
+    images = leftovers(fed, 8, stream(0, "x"))
+    assert images.class_counts() == [8, 8, 8]
+    assert images.name == "toy/train leftover (8 of them also at clients), 8 a class"
+    held = set(pixel_hashes(fed.subset))
+    assert [sum(h in held for h in pixel_hashes(images)[c * 8 : c * 8 + 8]) for c in range(3)] == [8, 0, 0]
+    assert leaks(images, fed.test) == 0
 
 
 def test_after_every_aggregation_or_once_at_the_end(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mllm_fl.algorithms.base import Task
+from mllm_fl.data.federation import Federation
 from mllm_fl.data.images import ImageSet
 from mllm_fl.engines.local import LocalConfig, augmented
 from mllm_fl.errors import UserError
@@ -80,6 +81,27 @@ def balanced(images: ImageSet, per_class: int, generator: torch.Generator) -> Im
             )
         chosen += mine[torch.randperm(len(mine), generator=generator)[:per_class]].tolist()
     return images.subset(chosen, f"{images.name}, {per_class} a class")
+
+
+def leftovers(federation: Federation, per_class: int, generator: torch.Generator) -> ImageSet:
+    """``per_class`` training images of every class that no client holds.
+
+    CReFF's long tail keeps the largest class whole, so that class has none left: what is missing is drawn from the images
+    that clients hold too, and the set's name says how many. The paper does not say where its images come from.
+    """
+    candidates, held_too = [], 0
+    held = torch.zeros(len(federation.train), dtype=torch.bool)
+    held[[i for client in federation.clients for i in client]] = True
+    labels = torch.from_numpy(federation.train.labels)
+    spare = torch.zeros_like(held)
+    spare[list(federation.spare) if federation.spare is not None else ~held] = True
+    for c in range(len(federation.class_names)):
+        free, rest = (torch.nonzero((labels == c) & m).flatten() for m in (spare, held))
+        short = max(0, per_class - len(free))
+        candidates += free.tolist() + rest[torch.randperm(len(rest), generator=generator)[:short]].tolist()
+        held_too += min(short, len(rest))
+    name = f"{federation.train.name} leftover" + (f" ({held_too} of them also at clients)" if held_too else "")
+    return balanced(federation.train.subset(candidates, name), per_class, generator)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from mllm_fl.models.network import Network, build_network
 from mllm_fl.models.teacher.clip import load_clip
 from mllm_fl.runs import RunFolder, config_hash, environment
 from mllm_fl.seeds import stream
-from mllm_fl.stages.align import Aligner, balanced, make_aligner
+from mllm_fl.stages.align import Aligner, balanced, leftovers, make_aligner
 from mllm_fl.stages.annotate import annotate
 from mllm_fl.stages.federate import federate, outcome
 from mllm_fl.stages.pretrain import pretrain
@@ -119,7 +119,7 @@ def alignment_images(config: Config, federation: Federation) -> ImageSet:
         images, _ = glyph_set(federation.class_names, c.per_class, c.seed, image_size=size)
         return dataclasses.replace(images, mean=federation.train.mean, std=federation.train.std)
     if c.source == "leftover":
-        return balanced(federation.leftover, c.per_class, stream(c.seed, "d_align"))
+        return leftovers(federation, c.per_class, stream(c.seed, "d_align"))
     if c.source.startswith("folder:"):
         size = federation.test.read([0]).shape[-1]
         images = all_images(c.source.removeprefix("folder:"), size)

@@ -1,0 +1,126 @@
+"""The stages one by one and chained, on the real bundled teachers and real digits, small."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mllm_fl.config import Config, from_dict
+from mllm_fl.data.images import ImageSet
+from mllm_fl.errors import UserError
+from mllm_fl.events import Event
+from mllm_fl.stages import chain
+
+RAW: dict[str, Any] = {
+    "experiment": "small",
+    "name": "both",
+    "data": {"source": "digits", "imbalance_factor": 10, "clients": 4},
+    "model": {"width": 4, "adapter": "linear", "adapter_dim": 128, "feature_norm": "layernorm"},
+    "annotate": {"images": 12, "kinds": ["caption"]},
+    "pretrain": {"steps": 3, "batch_size": 4, "alpha": "one"},
+    "federate": {
+        "rounds": 2,
+        "clients_per_round": 2,
+        "evaluate_every": 2,
+        "evaluate_last": 1,
+        "local": {"epochs": 1, "augment": "none"},
+    },
+    "align": {"source": "glyphs", "per_class": 4, "steps": 2, "augment": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def config(**changes: Any) -> Config:
+    return from_dict(RAW | changes, "test")
+
+
+def test_all_stages_chained_and_the_second_arm_shares_their_work(root: Path) -> None:
+    stages: list[str] = []
+    final = chain.run(config(), root, progress=lambda e: stages.append(e.stage))
+    assert final["stages"] == {"pretrain": True, "align": True}
+    assert {"annotate", "pretrain", "federate"} <= set(stages)
+    assert final["leaks"] == {"train/test": 0, "align/test": 0, "open/test": 0}
+    assert final["align"]["images"] == 40
+    stages.clear()
+    other = chain.run(config(name="no-align", align=False), root, progress=lambda e: stages.append(e.stage))
+    assert "annotate" not in stages
+    assert other["stages"] == {"pretrain": True, "align": False}
+    assert len(list((root / "small").glob("corpus-*"))) == len(list((root / "small").glob("pretrain-*"))) == 1
+
+
+def test_pretraining_changes_backbone_and_adapter_but_not_the_classifier(root: Path) -> None:
+    c = config()
+    fresh, w = chain._network(c).state_dict(), chain.pretrain_stage(c, root)
+    assert not torch.equal(w["backbone.conv.weight"], fresh["backbone.conv.weight"])
+    assert not torch.equal(w["adapter.weight"], fresh["adapter.weight"])
+    assert torch.equal(w["classifier.weight"], fresh["classifier.weight"])
+
+
+def test_a_finished_run_is_not_run_again(root: Path) -> None:
+    first = chain.run(config(), root)
+
+    def fail(event: Event) -> None:
+        raise AssertionError(event)
+
+    assert chain.run(config(), root, progress=fail) == first
+
+
+def test_the_saved_model_is_the_one_that_was_measured(root: Path) -> None:
+    final = chain.run(config(), root)
+    network, record = chain.load_model(chain.run_path(config(), root) / "model.safetensors")
+    test = chain.federation_of(config()).test
+    assert record["class_names"] == list(test.class_names)
+    with torch.no_grad():
+        right = network(test.normalised(range(len(test))))[1].argmax(1) == torch.from_numpy(test.labels)
+    assert float(right.double().mean()) == pytest.approx(final["last"]["accuracy"])
+
+
+def test_alignment_alone_needs_a_finished_federation_and_then_aligns_it(root: Path) -> None:
+    c = config(name="alone", pretrain=False, annotate=False)
+    with pytest.raises(UserError, match="no finished federation here; run `mllm-fl federate`"):
+        chain.align_finished(c, root)
+    plain = chain.run(dataclasses.replace(c, align=None), root)
+    aligned = chain.align_finished(c, root)
+    assert aligned["before_align"] == plain["last"]
+    path = chain.run_path(dataclasses.replace(c, align=None), root)
+    assert json.loads((path / "aligned.json").read_text())["last"] == aligned["last"]
+    assert json.loads((path / "final.json").read_text()) == plain
+    assert (path / "aligned.safetensors").exists()
+
+
+def test_test_images_in_the_alignment_set_stop_the_run_unless_declared(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = config(name="leak", pretrain=False, annotate=False)
+    test = chain.federation_of(c).test
+
+    def cheat(config: Config, federation: Any) -> ImageSet:
+        return test.subset([i for k in range(10) for i in [int((test.labels == k).argmax())]])
+
+    monkeypatch.setattr(chain, "alignment_images", cheat)
+    with pytest.raises(
+        UserError,
+        match=r"data.leaks_declared: 10 images are also in the test set \(train/test: 0, align/test: 10\); remove them, or declare",
+    ):
+        chain.run(c, root)
+    assert (
+        chain.run(dataclasses.replace(c, data=dataclasses.replace(c.data, leaks_declared=10)), root)["leaks"][
+            "align/test"
+        ]
+        == 10
+    )
+
+
+def test_unknown_alignment_source_is_refused() -> None:
+    c = config(align={"source": "glyhps"})
+    with pytest.raises(UserError, match="align.source: unknown source 'glyhps'; use glyphs, leftover or folder:PATH"):
+        chain.alignment_images(c, chain.federation_of(c))
