@@ -1,5 +1,6 @@
 # Each target makes .venv by itself (uv when present, else venv + pip) and does nothing twice.
-# On a machine whose pip finds a CPU build of torch it is taken; with uv, TORCH_BACKEND (default cpu) names the build.
+# With pip, the index's build of torch is taken, or a CPU build where pip is told of one (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL).
+# With uv, TORCH_BACKEND names the build: cpu (default), auto, cu130, ...; empty leaves it to the index.
 
 PYTHON ?= python3
 TORCH_BACKEND ?= cpu
@@ -10,7 +11,7 @@ VENV := $(PYTHON) -m venv .venv
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 else
 VENV := uv venv --quiet --allow-existing --python $(PYTHON) .venv
-INSTALL := uv pip install --quiet --python $(BIN)/python --torch-backend=$(TORCH_BACKEND) -c constraints.txt
+INSTALL := uv pip install --quiet --python $(BIN)/python $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND) )-c constraints.txt
 endif
 
 .PHONY: quickstart test lint bench teachers experiment clean
