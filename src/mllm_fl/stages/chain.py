@@ -7,7 +7,6 @@ what they depend on, beside the runs that use them.
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
 from mllm_fl.models.network import Network, build_network
 from mllm_fl.models.teacher.clip import load_clip
-from mllm_fl.runs import RunFolder, config_hash, environment
+from mllm_fl.runs import RunFolder, config_hash, environment, read_json
 from mllm_fl.seeds import stream
 from mllm_fl.stages.align import Aligner, balanced, leftovers, make_aligner
 from mllm_fl.stages.annotate import annotate
@@ -161,16 +160,14 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
     with RunFolder(path, config.resolved()) as folder:
         if folder.final is not None:
             return folder.final
-        started = time.perf_counter()
-        seconds: dict[str, float] = {}
         federation = federation_of(config)
         network = _network(config)
         w: Tree = clone(network.state_dict())
         if config.pretrain is not None:
             w = fit(pretrain_stage(config, root, progress), w, pretrain_path(config, root))
-            seconds["pretrain"] = time.perf_counter() - started
-        progress(Event("prepare", 0, 1, "alignment images and teacher logits"))
         aligner, aligned_on = aligner_of(config, federation)
+        if aligned_on is not None:
+            progress(Event("prepare", 1, 1, f"{len(aligned_on)} alignment images"))
         found = {"train/test": leaks(federation.subset, federation.test)}
         if aligned_on is not None:
             found["align/test"] = leaks(aligned_on, federation.test)
@@ -201,7 +198,8 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
             "manifest_sha256": federation.manifest.sha256, "leaks": found, "environment": environment(), "command": command,
             **final,
         }  # fmt: skip
-        final["seconds"] |= seconds | {"total": time.perf_counter() - started}
+        final["seconds"] |= stage_one_seconds(config, root)
+        final["seconds"]["total"] = sum(final["seconds"].values())
         folder.write_json("final.json", final)
         folder.event("finished")
         return final
@@ -253,6 +251,15 @@ def _check_leaks(config: Config, found: dict[str, int]) -> None:
             f"{total} images are also in the test set ({', '.join(f'{k}: {v}' for k, v in found.items())})",
             f"remove them, or declare them: data.leaks_declared = {total}",
         )
+
+
+def stage_one_seconds(config: Config, root: Path) -> dict[str, float]:
+    """What the corpus and the pretraining that this run used have cost, from their own records, shared or resumed or not."""
+    if config.pretrain is None:
+        return {}
+    card = read_json(corpus_path(config, root) / "card.json")
+    made = read_json(pretrain_path(config, root) / "pretrain.json")
+    return {"annotate": sum(float(k["seconds"]) for k in card["kinds"].values()), "pretrain": float(made["seconds"])}
 
 
 def save_model(path: Path, w: Tree, config: Config, federation: Federation) -> None:
