@@ -31,7 +31,7 @@ from mllm_fl.metrics import summarise
 from mllm_fl.runs import RunFolder, read_rows
 from mllm_fl.seeds import numpy_stream
 from mllm_fl.stages.align import Aligner
-from mllm_fl.trees import Tree, nbytes, prefixed, under, why_invalid, why_not_finite
+from mllm_fl.trees import Tree, digest, nbytes, prefixed, under, why_invalid, why_not_finite
 
 
 @dataclass(frozen=True)
@@ -271,5 +271,6 @@ def outcome(
         "rejected": sum(r["rejected"] for r in rows),
         "seconds": seconds,
         "method": vars(config.method) | {},
+        "weights_sha256": digest(config.method.deploy(task, state)),
         "uploads_beyond_weights": type(config.method).uploads,
     }
