@@ -83,7 +83,7 @@ def test_overrides_are_typed_and_make_another_run(small: Path) -> None:
 
 
 MISTAKES = [
-    (["run", "missing.toml"], "missing.toml: no such file; did you mean small.toml?"),
+    (["run", "smal.toml"], "smal.toml: no such file; did you mean small.toml?"),
     (["run", "small.toml", "--arm", "nobody"], "--arm: 'nobody' is not an arm of small.toml; arms: toy"),
     (["run", "small.toml", "--federate.rounds", "many"], "federate.rounds"),
     (["run", "small.toml", "--federate.runds", "3"], "federate.runds"),

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,6 @@ def environment() -> dict[str, Any]:
     """Where a run took place: versions, processor, commit, and whether its result is deterministic."""
     import numpy
     import torch
-    import transformers
 
     from mllm_fl import __version__
 
@@ -181,7 +181,7 @@ def environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "system": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),

@@ -49,10 +49,7 @@ def build(cls: type[T], raw: dict[str, Any], place: str, prefix: str = "", given
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in raw:
         if key not in fields:
-            near = (
-                difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
-                or [k for k in fields if k in key or key in k][:1]
-            )
+            near = _nearest(key, list(fields))
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
             raise UserError(f"{place}: {prefix}{key}", "unknown key", hint)
     kwargs = dict(given or {})
@@ -62,6 +59,13 @@ def build(cls: type[T], raw: dict[str, Any], place: str, prefix: str = "", given
         return cls(**kwargs)
     except UserError as e:
         raise UserError(place, str(e)) from e
+
+
+def _nearest(key: str, known: list[str]) -> list[str]:
+    """The known key that was probably meant, or none: by initials (learning_rate: lr), spelling, or a part of the word."""
+    initials = "".join(part[:1] for part in key.split("_"))
+    by_part = [k for k in known if k in key or key in k]
+    return [k for k in known if k == initials] or difflib.get_close_matches(key, known, n=1) or by_part[:1]
 
 
 def _value(hint: Any, value: Any, place: str, key: str) -> Any:

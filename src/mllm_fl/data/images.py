@@ -79,7 +79,12 @@ class ImageSet:
         """The images at these positions, as a set of its own; pixels are not copied."""
         positions = np.asarray(indices, dtype=np.int64)
         return ImageSet(
-            name or self.name, _Selected(self.pixels, positions), self.labels[positions], self.class_names, self.mean, self.std
+            name or self.name,
+            _Selected(self.pixels, positions),
+            self.labels[positions],
+            self.class_names,
+            self.mean,
+            self.std,
         )
 
     def class_counts(self) -> list[int]:
