@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tiny_llava import save_tiny
 from torch import Tensor, nn
 
 from mllm_fl.errors import UserError
@@ -14,7 +15,6 @@ from mllm_fl.models.network import ModelConfig, Network, build_network
 from mllm_fl.models.teacher.blend import blend, blended, lm_loss
 from mllm_fl.models.teacher.conversation import IGNORED, Sample, check, collate, encode, shown
 from mllm_fl.models.teacher.llava import LlavaTeacher, load_llava
-from tests.tiny_llava import save_tiny
 
 TURNS = [
     ("<image>\nwhich character is this ?", "it is the digit three ."),

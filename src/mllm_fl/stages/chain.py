@@ -193,7 +193,7 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
         final = {
             "experiment": config.experiment, "name": path.name, "arm": config.name, "seed": config.seed,
             "config_hash": config_hash(config.resolved()), "class_counts": federation.class_counts,
-            "groups": dataclasses.asdict(found_groups), "stages": {"pretrain": config.pretrain is not None, "align": config.align is not None},
+            "groups": to_dict(found_groups), "stages": {"pretrain": config.pretrain is not None, "align": config.align is not None},
             "align": None if aligned_on is None else {"source": aligned_on.name, "images": len(aligned_on)},
             "manifest_sha256": federation.manifest.sha256, "leaks": found, "environment": environment(), "command": command,
             **final,

@@ -51,7 +51,8 @@ class PretrainConfig:
     ``alpha``: "paper" (cosine 0 to 1 over the fraction ``alpha_until`` of the steps, then 1), "linear" (the same as a straight line),
     "one" (the compact model alone from the beginning), "zero" (CLIP alone: teaches nothing, a check). ``objective``: "lm" is the
     paper's; "features" is the mean squared error to CLIP's features without the language model. ``feature_mse``: weight of
-    that error beside "lm". ``hand_over``: what stage 2 gets, backbone and adapter, or the backbone with a fresh adapter.
+    that error beside "lm"; ``lm_samples`` then lets only so many of a batch's conversations into the language model, which is the
+    costly part, and absent means all. ``hand_over``: what stage 2 gets, backbone and adapter, or the backbone with a fresh adapter.
     ``max_tokens``: longest conversation, picture included. ``image_size``: pixels a side of the compact model's input; absent means
     the corpus's own.
     """
@@ -69,6 +70,7 @@ class PretrainConfig:
     alpha_until: float = 0.5
     objective: Literal["lm", "features"] = "lm"
     feature_mse: float = 0.0
+    lm_samples: int | None = None
     hand_over: Literal["adapter", "backbone"] = "adapter"
     max_tokens: int = 512
     image_size: int | None = None
@@ -91,6 +93,12 @@ class PretrainConfig:
         ):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"pretrain.{name}", f"{getattr(self, name)} is outside {low:g} .. {high:g}")
+        if self.lm_samples is not None and not (0 < self.lm_samples <= self.batch_size and self.feature_mse > 0):
+            raise UserError(
+                "pretrain.lm_samples",
+                f"{self.lm_samples} must be in 1 .. batch_size, and needs feature_mse for the other samples",
+                "leave it out to use the whole batch",
+            )
         if self.epochs is not None and not self.epochs > 0:
             raise UserError("pretrain.epochs", f"{self.epochs} is not positive", "leave it out to give steps instead")
         if not self.grad_clip > 0 or not all(0 <= b < 1 for b in self.betas):
@@ -242,10 +250,13 @@ class _Trainer:
         z = None if not needs else self.z[images] if self.z is not None else self.teacher.features(self.pixels[images])
         loss = torch.zeros(())
         if c.objective == "lm":
+            few = slice(c.lm_samples)
             ids, mask, labels = collate(
-                [self.samples[int(i)] for i in batch], self.teacher.processor.tokenizer.pad_token_id or 0
+                [self.samples[int(i)] for i in batch[few]], self.teacher.processor.tokenizer.pad_token_id or 0
             )
-            lm = lm_loss(self.teacher, ids, mask, labels, tokens, alpha, z if alpha != 1 else None)
+            lm = lm_loss(
+                self.teacher, ids, mask, labels, tokens[few], alpha, z[few] if z is not None and alpha != 1 else None
+            )
             loss = loss + lm
             row["lm_loss"] = float(lm.detach())
         if z is not None and (c.feature_mse > 0 or c.objective == "features"):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mllm_fl.errors import UserError
 from mllm_fl.models.bridge import bridge_torchvision
+from mllm_fl.models.teacher.llava import quiet
 
 BUNDLED = Path(__file__).parent / "bundled"
 PLAIN = ("a photo of a {}",)  # CLIP2FL's and the paper's; the bundled teacher brings its own
@@ -128,9 +129,10 @@ def load_clip(name: str = "mini") -> ClipTeacher:
             "teacher.name", f"no folder {name}", "give a folder in Hugging Face's layout, a hub id, or 'mini'"
         )
     try:
-        model = CLIPModel.from_pretrained(where, use_safetensors=True)
-        processor = CLIPImageProcessorPil.from_pretrained(where)
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        with quiet():
+            model = CLIPModel.from_pretrained(where, use_safetensors=True)
+            processor = CLIPImageProcessorPil.from_pretrained(where)
+            tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as e:
         why = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
         raise UserError(
