@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from mllm_fl.data.images import ImageSet, MemoryPixels
 from mllm_fl.engines.local import LocalConfig
 from mllm_fl.engines.serial import run_clients
 from mllm_fl.models.network import ModelConfig, Network, build_network
+from mllm_fl.runs import environment
 from mllm_fl.seeds import numpy_stream
 from mllm_fl.trees import Tree, clone
 
@@ -63,12 +64,13 @@ def engine(task: Task, start: Tree, shards: Sequence[Shard], local: LocalConfig)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints a line a repetition and, last, one JSON object."""
+    """Prints a line a repetition and, last, one JSON object, which is also appended to ``--out``."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--clients", type=int, default=4)
-    p.add_argument("--images", type=int, default=320, help="of each client")
+    p.add_argument("--clients", type=int, default=2)
+    p.add_argument("--images", type=int, default=300, help="of each client")
     p.add_argument("--width", type=int, default=16, help="channels of the first stage")
-    p.add_argument("--repeats", type=int, default=7)
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--out", type=Path, default=Path("results/bench.jsonl"), help="gets one line more")
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     local = LocalConfig(epochs=1, batch_size=32, augment="none")
@@ -94,14 +96,20 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{i + 1}/{args.repeats}: bare {seconds['bare'][-1]:.3f} s, engine {seconds['engine'][-1]:.3f} s")
     trained = args.clients * args.images
     median = {name: statistics.median(s) for name, s in seconds.items()}
+    where = environment()
     said = {
+        "benchmark": "serial engine over bare loop",
+        "seconds": {name: round(s, 4) for name, s in median.items()},
         "images_per_second": {name: round(trained / s, 1) for name, s in median.items()},
         "engine_over_bare": round(median["engine"] / median["bare"], 4),
         "ratios": [round(e / b, 4) for b, e in zip(seconds["bare"], seconds["engine"], strict=True)],
         "largest_difference_of_weights": apart, "repeats": args.repeats, "clients": args.clients, "images": args.images,
-        "width": args.width, "torch": torch.__version__, "machine": platform.machine(),
+        "width": args.width, "torch": where["torch"], "processor": where["processor"], "cores": where["cores"], "commit": where["commit"],
     }  # fmt: skip
     print(json.dumps(said))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.out, "a", encoding="utf-8") as f:
+        f.write(json.dumps(said) + "\n")
 
 
 if __name__ == "__main__":
