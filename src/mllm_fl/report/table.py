@@ -66,11 +66,11 @@ def mean_sd(values: Sequence[float | None]) -> Value | None:
     return Value(mean, math.sqrt(sum((v - mean) ** 2 for v in known) / (len(known) - 1)))
 
 
-def compare(finals: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """One row per arm, in the order in which the arms first appear.
+def group(finals: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The finals by arm, in the order in which the arms first appear.
 
-    Two runs with one arm name and one seed are not two seeds: if their configurations differ, each gets a row of its own,
-    named by its hash; if they are the same run, it counts once. With one seed ``mean_last`` carries the deviation over its rounds.
+    Two runs with one arm name and one seed are not two seeds: if their configurations differ, each stands alone, named by
+    its hash; if they are the same run, it counts once. Arms of several experiments are told apart by the experiment's name.
     """
     unique = list(
         {(_text(f, "experiment"), _text(f, "arm"), f.get("seed"), f.get("config_hash")): f for f in finals}.values()
@@ -80,13 +80,18 @@ def compare(finals: Sequence[Mapping[str, Any]]) -> list[Row]:
     for f in unique:
         name = _text(f, "arm") or _text(f, "name") or MISSING
         arms.setdefault(f"{_text(f, 'experiment')}: {name}" if len(experiments) > 1 else name, []).append(f)
-    rows: list[Row] = []
-    for name, group in arms.items():
-        if len({f.get("seed") for f in group}) < len(group):
-            rows += [_row(f"{name} [{f.get('config_hash')}]", [f]) for f in group]
+    out: dict[str, list[Mapping[str, Any]]] = {}
+    for name, runs in arms.items():
+        if len({f.get("seed") for f in runs}) < len(runs):
+            out |= {f"{name} [{f.get('config_hash')}]": [f] for f in runs}
         else:
-            rows.append(_row(name, group))
-    return rows
+            out[name] = runs
+    return out
+
+
+def compare(finals: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """One row per arm of :func:`group`. With one seed ``mean_last`` carries the deviation over its rounds."""
+    return [_row(name, runs) for name, runs in group(finals).items()]
 
 
 def _row(arm: str, group: list[Mapping[str, Any]]) -> Row:

@@ -17,6 +17,7 @@ from mllm_fl.algorithms.base import Task
 from mllm_fl.annotate.corpus import Corpus
 from mllm_fl.config import Config
 from mllm_fl.data.check import leaks
+from mllm_fl.data.describe import summary
 from mllm_fl.data.federation import Federation
 from mllm_fl.data.federation import build as build_federation
 from mllm_fl.data.folder import all_images
@@ -175,6 +176,7 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
             found["open/test"] = leaks(open_images(config, root, federation), federation.test)
         _check_leaks(config, found)
         save_manifest(federation.manifest, path / "manifest.json")
+        folder.write_json("federation.json", summary(federation))
         folder.write_json("env.json", environment() | {"command": command})
         task = Task(network, federation.class_names, tuple(len(c) for c in federation.clients), config.seed)
         state = federate(

@@ -1,0 +1,172 @@
+"""The sections about how the results came to be: who holds what, costs, configurations, environments, commands, what is unfinished."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from mllm_fl.report import plots
+from mllm_fl.report.html import Cell, Markup, details, figure, join, listing, name, paragraph, percent_cell, section, table, tag
+from mllm_fl.report.reading import Arm, Found, Run
+from mllm_fl.report.summary import scores
+from mllm_fl.report.table import MISSING, Value, mean_sd
+
+PARTS = ("annotate", "pretrain", "clients", "server", "align", "evaluate", "total")
+TABLED = 1000  # cells of a who-holds-what table that is also written as text
+
+
+def holdings(found: Found) -> Markup:
+    """Clients by classes, once for every federation among the runs."""
+    seen: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
+    for arm in found.arms:
+        for run in arm.runs:
+            if run.federation.get("clients"):
+                key = json.dumps(run.federation, sort_keys=True)
+                seen.setdefault(key, (run.federation, []))[1].append(arm.name)
+    parts = [
+        _federation(i, f, list(dict.fromkeys(arms)) if len(seen) > 1 else [], found.class_names)
+        for i, (f, arms) in enumerate(seen.values())
+    ]
+    return section("holdings", "Who holds what", *parts) if parts else Markup("")
+
+
+def _federation(index: int, federation: Mapping[str, Any], arms: list[str], classes: tuple[str, ...]) -> Markup:
+    clients = [c for c in federation["clients"] if isinstance(c, Mapping) and len(c.get("histogram") or ()) == len(classes)]
+    if len(clients) < len(federation["clients"]):
+        return paragraph("Images per client and class were not recorded in a form that fits the classes.")
+    counts = [list(c["histogram"]) for c in clients]
+    sizes = [sum(row) for row in counts]
+    facts = f"{sum(sizes):,} images of {federation.get('dataset', MISSING)} on {len(sizes)} clients, {min(sizes):,} to {max(sizes):,} each"
+    how = ", ".join(
+        f"{word} {federation[key]}"
+        for key, word in (("partition", "partition"), ("alpha", "alpha"), ("seed", "data seed"), ("imbalance_factor", "imbalance asked for"))
+        if federation.get(key) is not None
+    )  # fmt: skip
+    held = [sum(n > 0 for n in row) for row in counts]
+    label = f"Images of each class at each client: {facts}. A client holds {min(held)} to {max(held)} of {len(classes)} classes."
+    svg = plots.matrix(
+        f"h{index}", counts, [str(k) for k in range(len(counts))], classes, label,
+        row_title="client", column_title="class", share=False,
+    )  # fmt: skip
+    whose = join([" Arms: ", join(map(name, arms), ", "), "."]) if arms else ""
+    written: object = ""
+    if len(counts) * len(classes) <= TABLED:
+        body = [[f"client {k}", *(Cell(f"{n:,}", n) for n in (*row, sum(row)))] for k, row in enumerate(counts)]
+        grid = table("Images of each class at each client", ["client", *map(name, classes), "all"], body)
+        written = details("The same in numbers", grid)
+    return join([paragraph(facts, f" ({how})." if how else ".", whose), figure(svg, "Darker is more images (logarithmic)."), written])
+
+
+def costs(found: Found) -> Markup:
+    """Bytes over the wire and seconds by stage."""
+    head = ["arm", "up", "down", "up per client and round", *(f"{p}, s" for p in PARTS), "a client sends besides weights"]
+    body = []
+    for arm in found.arms:
+        sent = [_per_update(run) for run in arm.runs]
+        row: list[object] = [name(arm.name), *(_bytes(mean_sd(scores(arm, k))) for k in ("bytes_up", "bytes_down"))]
+        row.append(_bytes(mean_sd(sent)))
+        row += [_seconds(mean_sd(scores(arm, "seconds", part))) for part in PARTS]
+        row.append(", ".join(sorted({str(r.final.get("uploads_beyond_weights") or MISSING) for r in arm.runs})))
+        body.append(row)
+    note = "Bytes are those of the tensors, per run. Seconds are wall-clock; annotation and pretraining may be shared by several runs."
+    grid = table("Communication and time by arm, means over seeds", head, body)
+    return section("costs", "Communication and time", grid, paragraph(note, class_="note"))
+
+
+def _per_update(run: Run) -> float | None:
+    sizes = [row["bytes_up"] for row in run.clients if isinstance(row.get("bytes_up"), int)]
+    return sum(sizes) / len(sizes) if sizes else None
+
+
+def _bytes(value: Value | None) -> Cell:
+    if value is None:
+        return Cell(MISSING)
+    size, units = value.mean, ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return Cell(f"{size:.0f} {units[0]}" if size >= 100 or units[0] == "B" else f"{size:.1f} {units[0]}", value.mean, value.sd)
+
+
+def _seconds(value: Value | None) -> Cell:
+    if value is None:
+        return Cell(MISSING)
+    return Cell(f"{value.mean:,.1f}" if value.mean < 100 else f"{value.mean:,.0f}", value.mean, value.sd)
+
+
+def differences(found: Found) -> Markup:
+    """Every configured value that is not the same in all arms."""
+    heading = "What differs between the arms"
+    configs = [_config(arm) for arm in found.arms]
+    keys = sorted(set().union(*configs) - {"name", "seed"})
+    rows = [(k, [c.get(k, MISSING) for c in configs]) for k in keys]
+    unequal = [[tag("code", k), *values] for k, values in rows if len(set(values)) > 1]
+    if not any(configs):
+        return section("differences", heading, paragraph("The runs hold no config.toml."))
+    if not unequal:
+        return section("differences", heading, paragraph("Nothing but names and seeds."))
+    note = f"Of {len(rows)} resolved values; a table that is switched off has none (–)."
+    grid = table("Configured values that differ", ["key", *(name(a.name) for a in found.arms)], unequal)
+    return section("differences", heading, grid, paragraph(note, class_="note"))
+
+
+def _config(arm: Arm) -> dict[str, str]:
+    """An arm's values as text; where its seeds disagree, all of them."""
+    keys = sorted({k for run in arm.runs for k in run.config})
+    return {k: " | ".join(dict.fromkeys(_value(run.config.get(k)) for run in arm.runs)) for k in keys}
+
+
+def _value(value: Any) -> str:
+    return MISSING if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def reproduce(found: Found) -> Markup:
+    """Per run: seed, commit, hashes and commands; and the environments."""
+    body = []
+    for run in found.runs:
+        f = run.final
+        weights, commit = str(f.get("weights_sha256") or MISSING)[:12], f.get("environment", {}).get("commit")
+        hashes = [tag("code", str(x)[:12]) for x in (f.get("config_hash") or MISSING, f.get("manifest_sha256") or MISSING, weights)]
+        body.append([run.label, tag("code", commit or run.environment.get("commit") or MISSING), *hashes, tag("code", _again(run))])
+    head = ["run", "commit", "configuration", "partition", "weights", "to reproduce"]
+    grid = table("Runs, their hashes and commands", head, body)
+    return section("reproduce", "Environment, and how to reproduce", grid, _commands(found), _environments(found))
+
+
+def _again(run: Run) -> str:
+    return f"mllm-fl run {shlex.quote(str(run.folder / 'config.toml'))} --runs NEW"
+
+
+def _commands(found: Found) -> Markup:
+    said = dict.fromkeys(str(run.final.get("command") or "") for run in found.runs)
+    listed = listing(tag("code", c) for c in said if c)
+    return details("As they were started", listed) if any(said) else Markup("")
+
+
+def _environments(found: Found) -> Markup:
+    kinds: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
+    for run in found.runs:
+        facts = {k: v for k, v in run.environment.items() if k not in ("command", "commit")}
+        kinds.setdefault(json.dumps(facts, sort_keys=True, default=str), (facts, []))[1].append(run.label)
+    parts = []
+    for facts, labels in kinds.values():
+        if not facts:
+            continue
+        caption = "Environment of all runs" if len(kinds) == 1 else f"Environment of {', '.join(labels)}"
+        rows = [[key, _value(value)] for key, value in facts.items()]
+        parts.append(table(caption, ["what", "value"], rows, sortable=False))
+    return join(parts)
+
+
+def unfinished(found: Found) -> Markup:
+    """Runs that have begun but not ended."""
+    if not found.unfinished:
+        return Markup("")
+    body = [
+        [name(u.name), f"{u.done} of {u.rounds if u.rounds is not None else MISSING} rounds",
+         percent_cell(None if u.accuracy is None else Value(u.accuracy)), tag("code", u.folder)]
+        for u in found.unfinished
+    ]  # fmt: skip
+    grid = table("Unfinished runs, in no number above", ["run", "done", "latest accuracy, %", "folder"], body)
+    return section("unfinished", "Unfinished", grid, paragraph("The command that began a run resumes it.", class_="note"))

@@ -1,0 +1,150 @@
+"""The page's figures: curves over rounds, bars by class frequency, matrices of counts. Values in, one SVG element out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mllm_fl.report.html import Markup, tag
+from mllm_fl.report.svg import INK, LINE, SOFT, STRONG, TEXT, colour, dash, figure, inline, plot
+from mllm_fl.report.table import Value, mean_sd, plain
+
+WIDTH = 400.0  # px: drawn as wide as a telephone's page, so that nothing shrinks there
+ACCENT = (0x2B / 255, 0x6C / 255, 0xB0 / 255)  # of matrices; opacity carries the value, so it does for light and dark
+NUMBERED = 12  # matrices of up to so many columns show the numbers in their cells
+NAMED = 20  # and of up to so many the names beside them
+
+
+@dataclass(frozen=True)
+class Line:
+    """One arm's curve: per round a mean, and the standard deviation over seeds where there are several. ``index``: the arm's."""
+
+    index: int
+    rounds: Sequence[int]
+    values: Sequence[Value]
+
+
+def over_seeds(index: int, series: Sequence[Sequence[tuple[int, float]]]) -> Line | None:
+    """The arm's curve from (round, value) pairs, one series a seed, over the rounds that every seed has; None if there are none."""
+    tables = [dict(s) for s in series]
+    rounds = sorted(set.intersection(*(set(t) for t in tables))) if tables else []
+    values = [mean_sd([t[r] for t in tables]) for r in rounds]
+    return Line(index, rounds, [v for v in values if v is not None]) if rounds else None
+
+
+def curves(
+    key: str, lines: Sequence[Line], label: str, *, unit: str, scale: float = 1.0, top: float | None = None
+) -> Markup:
+    """Values over rounds; a band of ± one standard deviation where there are several seeds."""
+    drawn = figure(WIDTH, 240)
+    axes = plot(drawn)
+    for line in lines:
+        mean = np.array([v.mean for v in line.values]) * scale
+        look: dict[str, Any] = {"color": colour(line.index), "linewidth": 1.8}
+        if dash(line.index):
+            look["dashes"] = dash(line.index)
+        if len(mean) == 1:
+            look["marker"] = "o"
+        axes.plot(line.rounds, mean, **look)
+        if all(v.sd is not None for v in line.values):
+            sd = np.array([v.sd for v in line.values], dtype=float) * scale
+            axes.fill_between(line.rounds, mean - sd, mean + sd, color=colour(line.index), alpha=0.16, linewidth=0)
+    axes.set_xlabel("round")
+    axes.set_ylabel(unit)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if top is not None:
+        axes.set_ylim(0, top)
+    axes.grid(axis="y", color=LINE, linewidth=0.7)
+    return inline(drawn, key, label)
+
+
+def bars(key: str, groups: Sequence[str], arms: Sequence[tuple[int, Sequence[Value | None]]], label: str) -> Markup:
+    """Accuracy in percent, a bar per arm in each group, with ± one standard deviation where there are several seeds."""
+    drawn = figure(WIDTH, 240)
+    axes = plot(drawn)
+    width = 0.84 / max(len(arms), 1)
+    for place, (index, values) in enumerate(arms):
+        for g, value in enumerate(values):
+            x = g - 0.42 + (place + 0.5) * width
+            if value is None:
+                axes.text(x, 1, "–", ha="center", color=SOFT, size=TEXT)
+                continue
+            sd = None if value.sd is None else 100 * value.sd
+            bar_look = {"elinewidth": 1, "ecolor": SOFT, "capsize": min(3.0, 40 * width)}
+            axes.bar(x, 100 * value.mean, 0.9 * width, yerr=sd, color=colour(index), error_kw=bar_look)
+            if len(arms) <= 4:
+                axes.text(
+                    x, 100 * value.mean + (sd or 0) + 1.5, f"{100 * value.mean:.0f}", ha="center", color=INK, size=9
+                )
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_ylim(0, max(100.0, axes.get_ylim()[1]))
+    axes.set_ylabel("accuracy, %")
+    axes.grid(axis="y", color=LINE, linewidth=0.7)
+    return inline(drawn, key, label)
+
+
+def matrix(
+    key: str, counts: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequence[str], label: str,
+    *, row_title: str, column_title: str, share: bool,
+) -> Markup:  # fmt: skip
+    """A table of counts as shades. ``share``: each row by its sum (percent); otherwise by the logarithm, so that few is seen beside many."""
+    table = np.array(counts, dtype=float).reshape(len(rows), len(columns))
+    if share:
+        shade = table / np.maximum(table.sum(1, keepdims=True), 1)
+    else:
+        shade = np.log1p(table) / max(math.log1p(float(table.max(initial=0))), 1e-9)
+    side = min(WIDTH, 300.0 if len(columns) <= NUMBERED else 340.0)
+    row = max(17.0, 24.0 if share else 17.0) if len(rows) <= 40 else max(2.0, 480 / len(rows))
+    drawn = figure(side, max(120.0, min(row * len(rows), side if share else 1000.0) + 40))
+    axes = plot(drawn)
+    picture = np.empty((*table.shape, 4))
+    picture[..., :3] = ACCENT
+    picture[..., 3] = np.clip(shade, 0, 1)
+    axes.imshow(picture, interpolation="none", aspect="auto")
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+        spine.set_color(LINE)
+    axes.set_xlabel(column_title)
+    axes.set_ylabel(row_title)
+    _names(axes.xaxis, columns, turned=True)
+    _names(axes.yaxis, rows, turned=False)
+    if len(columns) <= NUMBERED and len(rows) <= 2 * NAMED:
+        for (i, j), value in np.ndenumerate(table):
+            if value > 0:
+                text = f"{100 * shade[i, j]:.0f}" if share else f"{value:.0f}"
+                over = STRONG if shade[i, j] > 0.55 else INK
+                axes.text(j, i, text, ha="center", va="center", size=9, color=over)
+    return inline(drawn, key, label)
+
+
+def _names(axis: Any, names: Sequence[str], *, turned: bool) -> None:
+    """Names at their rows or columns, or numbers here and there where there are many."""
+    if len(names) > 2 * NAMED or (turned and len(names) > NAMED):
+        axis.get_major_locator().set_params(integer=True)
+        return
+    short = [n if len(n) <= 10 else n[:9] + "…" for n in map(plain, names)]
+    turn = turned and max(map(len, short)) > 2
+    axis.set_ticks(range(len(names)), short, rotation=90 if turn else 0)
+    axis.set_tick_params(length=0)
+
+
+def legend(names: Sequence[tuple[int, str]]) -> Markup:
+    """Which line is which arm, as text of the page."""
+    items = []
+    for index, text in names:
+        gaps = ",".join(f"{d:g}" for d in dash(index)) or None
+        line = tag(
+            "line",
+            x1="0",
+            y1="5",
+            x2="26",
+            y2="5",
+            style=f"stroke:var(--s{index % 8});stroke-width:3",
+            stroke_dasharray=gaps,
+        )
+        items.append(tag("li", tag("svg", line, width="26", height="10", aria_hidden="true"), tag("bdi", text)))
+    return tag("ul", *items, class_="legend")
