@@ -16,9 +16,10 @@ endif
 
 .PHONY: quickstart test lint bench teachers experiment clean
 
+ARMS := --arm fedavg --arm align --arm pretrain --arm pretrain-align
 quickstart: .venv/quickstart.stamp  ## the three stages on real handwritten digits: a table and report.html
 	@echo "== quickstart: four arms, two at a time; the same command resumes it"
-	$(BIN)/mllm-fl run experiments/quickstart.toml --jobs 2
+	$(BIN)/mllm-fl run experiments/quickstart.toml --jobs 2 $(ARMS)
 	$(BIN)/mllm-fl report runs/quickstart --out report.html --title "mllm-fl quickstart"
 	@echo "== open report.html"
 

@@ -100,6 +100,13 @@ def test_arms_and_seeds_multiply_and_tables_switch_on_and_off(tmp_path: Path) ->
     assert plan.runs[2].align is not None and plan.runs[2].align.beta == 2.0
 
 
+def test_false_switches_any_optional_value_off() -> None:
+    raw = {"pretrain": {"feature_mse": 1.0, "lm_samples": 4}, "model": {"adapter": "linear"}}
+    assert from_dict(raw, "x").pretrain.lm_samples == 4  # type: ignore[union-attr]
+    raw["pretrain"]["lm_samples"] = False
+    assert from_dict(raw, "x").pretrain.lm_samples is None  # type: ignore[union-attr]
+
+
 def test_defaults_are_a_configuration() -> None:
     assert from_dict({}, "x") == Config()
 

@@ -42,8 +42,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 def build(cls: type[T], raw: dict[str, Any], place: str, prefix: str = "", given: dict[str, Any] | None = None) -> T:
     """An instance of the dataclass ``cls`` from nested dicts; absent keys take the dataclass's defaults.
 
-    ``place`` is the file, ``prefix`` the dotted path of this table. A table whose type is optional is switched on by
-    ``true`` or a table, and off by ``false`` or absence. ``given``: values that were built elsewhere.
+    ``place`` is the file, ``prefix`` the dotted path of this table. An optional table is switched on by ``true`` or a table; any
+    optional value is switched off by ``false`` or absence. ``given``: values that were built elsewhere.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -72,7 +72,7 @@ def _value(hint: Any, value: Any, place: str, key: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         inner = [a for a in args if a is not type(None)]
-        if value is False and dataclasses.is_dataclass(inner[0]):
+        if value is False and bool not in inner:
             return None
         if value is True and dataclasses.is_dataclass(inner[0]):
             value = {}

@@ -8,7 +8,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from mllm_fl.report import plots
-from mllm_fl.report.html import Cell, Markup, details, figure, join, listing, name, paragraph, percent_cell, section, table, tag
+from mllm_fl.report.html import (
+    Cell,
+    Markup,
+    details,
+    figure,
+    join,
+    listing,
+    name,
+    paragraph,
+    percent_cell,
+    section,
+    table,
+    tag,
+)
 from mllm_fl.report.reading import Arm, Found, Run
 from mllm_fl.report.summary import scores
 from mllm_fl.report.table import MISSING, Value, mean_sd
@@ -33,7 +46,9 @@ def holdings(found: Found) -> Markup:
 
 
 def _federation(index: int, federation: Mapping[str, Any], arms: list[str], classes: tuple[str, ...]) -> Markup:
-    clients = [c for c in federation["clients"] if isinstance(c, Mapping) and len(c.get("histogram") or ()) == len(classes)]
+    clients = [
+        c for c in federation["clients"] if isinstance(c, Mapping) and len(c.get("histogram") or ()) == len(classes)
+    ]
     if len(clients) < len(federation["clients"]):
         return paragraph("Images per client and class were not recorded in a form that fits the classes.")
     counts = [list(c["histogram"]) for c in clients]
@@ -56,12 +71,25 @@ def _federation(index: int, federation: Mapping[str, Any], arms: list[str], clas
         body = [[f"client {k}", *(Cell(f"{n:,}", n) for n in (*row, sum(row)))] for k, row in enumerate(counts)]
         grid = table("Images of each class at each client", ["client", *map(name, classes), "all"], body)
         written = details("The same in numbers", grid)
-    return join([paragraph(facts, f" ({how})." if how else ".", whose), figure(svg, "Darker is more images (logarithmic)."), written])
+    return join(
+        [
+            paragraph(facts, f" ({how})." if how else ".", whose),
+            figure(svg, "Darker is more images (logarithmic)."),
+            written,
+        ]
+    )
 
 
 def costs(found: Found) -> Markup:
     """Bytes over the wire and seconds by stage."""
-    head = ["arm", "up", "down", "up per client and round", *(f"{p}, s" for p in PARTS), "a client sends besides weights"]
+    head = [
+        "arm",
+        "up",
+        "down",
+        "up per client and round",
+        *(f"{p}, s" for p in PARTS),
+        "a client sends besides weights",
+    ]
     body = []
     for arm in found.arms:
         sent = [_per_update(run) for run in arm.runs]
@@ -86,7 +114,9 @@ def _bytes(value: Value | None) -> Cell:
     size, units = value.mean, ["B", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]
-    return Cell(f"{size:.0f} {units[0]}" if size >= 100 or units[0] == "B" else f"{size:.1f} {units[0]}", value.mean, value.sd)
+    return Cell(
+        f"{size:.0f} {units[0]}" if size >= 100 or units[0] == "B" else f"{size:.1f} {units[0]}", value.mean, value.sd
+    )
 
 
 def _seconds(value: Value | None) -> Cell:
@@ -127,8 +157,18 @@ def reproduce(found: Found) -> Markup:
     for run in found.runs:
         f = run.final
         weights, commit = str(f.get("weights_sha256") or MISSING)[:12], f.get("environment", {}).get("commit")
-        hashes = [tag("code", str(x)[:12]) for x in (f.get("config_hash") or MISSING, f.get("manifest_sha256") or MISSING, weights)]
-        body.append([run.label, tag("code", commit or run.environment.get("commit") or MISSING), *hashes, tag("code", _again(run))])
+        hashes = [
+            tag("code", str(x)[:12])
+            for x in (f.get("config_hash") or MISSING, f.get("manifest_sha256") or MISSING, weights)
+        ]
+        body.append(
+            [
+                run.label,
+                tag("code", commit or run.environment.get("commit") or MISSING),
+                *hashes,
+                tag("code", _again(run)),
+            ]
+        )
     head = ["run", "commit", "configuration", "partition", "weights", "to reproduce"]
     grid = table("Runs, their hashes and commands", head, body)
     return section("reproduce", "Environment, and how to reproduce", grid, _commands(found), _environments(found))
@@ -169,4 +209,6 @@ def unfinished(found: Found) -> Markup:
         for u in found.unfinished
     ]  # fmt: skip
     grid = table("Unfinished runs, in no number above", ["run", "done", "latest accuracy, %", "folder"], body)
-    return section("unfinished", "Unfinished", grid, paragraph("The command that began a run resumes it.", class_="note"))
+    return section(
+        "unfinished", "Unfinished", grid, paragraph("The command that began a run resumes it.", class_="note")
+    )

@@ -7,7 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mllm_fl.report import plots
-from mllm_fl.report.html import Cell, Markup, details, figure, join, listing, name, paragraph, percent_cell, section, table, tag
+from mllm_fl.report.html import (
+    Cell,
+    Markup,
+    details,
+    figure,
+    join,
+    listing,
+    name,
+    paragraph,
+    percent_cell,
+    section,
+    table,
+    tag,
+)
 from mllm_fl.report.reading import Arm, Found, Run
 from mllm_fl.report.summary import points, scores
 from mllm_fl.report.table import SCORES, Value, compare, footnotes, headers, mean_sd, number, percent
@@ -26,9 +39,7 @@ def comparison(found: Found) -> Markup:
     }  # fmt: skip
     window = "last rounds" if titles["mean_last"] == "mean last" else None
     rules["mean_last"] = f"mean of the {window}" if window else rules["mean_last"]
-    body = [
-        [name(r.arm), Cell(len(r.seeds), len(r.seeds)), *(percent_cell(r.values[k]) for k in SCORES)] for r in rows
-    ]
+    body = [[name(r.arm), Cell(len(r.seeds), len(r.seeds)), *(percent_cell(r.values[k]) for k in SCORES)] for r in rows]
     notes = [*footnotes(rows)[:-1], "max: the best round was selected on test images; an upper bound, not a result."]
     grid = table("Test accuracy by arm, %", ["arm", "seeds", *(rules[k] for k in SCORES)], body)
     return section("comparison", "Comparison", grid, *(paragraph(n, class_="note") for n in notes), _alignment(found))
@@ -85,7 +96,12 @@ def over_rounds(found: Found) -> Markup:
         drawn = lines(lambda row, key=key: number(row, key))  # type: ignore[misc]
         if drawn:
             svg = plots.curves(
-                f"c-{key}", drawn, f"Test accuracy over rounds, {words}, one line per arm", unit="accuracy, %", scale=100, top=100
+                f"c-{key}",
+                drawn,
+                f"Test accuracy over rounds, {words}, one line per arm",
+                unit="accuracy, %",
+                scale=100,
+                top=100,
             )
             pictures.append(figure(svg, f"Accuracy, {words}"))
     losses = lines(lambda row: number(row, "train_loss"))
@@ -97,7 +113,9 @@ def over_rounds(found: Found) -> Markup:
     names = plots.legend([(arm.index, arm.name) for arm in found.arms if any(run.rounds for run in arm.runs)])
     many = any(len(arm.runs) > 1 for arm in found.arms)
     note = "Lines: mean over seeds; bands: ± one standard deviation over seeds." if many else "One seed: no band."
-    return section("rounds", "Over the rounds", names, tag("div", *pictures, class_="grid"), paragraph(note, class_="note"))
+    return section(
+        "rounds", "Over the rounds", names, tag("div", *pictures, class_="grid"), paragraph(note, class_="note")
+    )
 
 
 def by_frequency(found: Found) -> Markup:
@@ -168,7 +186,9 @@ def confusions(found: Found) -> Markup:
 
 def _errors(total: Sequence[Sequence[int]], names: Sequence[str], count: int = 5) -> list[str]:
     pairs = [(n, i, j) for i, row in enumerate(total) for j, n in enumerate(row) if i != j and n > 0]
-    return [f"{names[i]} taken for {names[j]} ({n:,})" for n, i, j in sorted(pairs, key=lambda p: (-p[0], p[1:]))[:count]]
+    return [
+        f"{names[i]} taken for {names[j]} ({n:,})" for n, i, j in sorted(pairs, key=lambda p: (-p[0], p[1:]))[:count]
+    ]
 
 
 def dropped(found: Found) -> Markup:

@@ -32,10 +32,22 @@ def samples(folder: Path) -> Markup:
     scenes = {str(row.get("image")): row for row in read_rows(folder / "scenes.jsonl") if isinstance(row, dict)}
     step = max(1, len(corpus.images) // COUNT)
     chosen = corpus.images[::step][:COUNT]
-    cards = [_card(corpus, image, scenes.get(image), [r for r in corpus.records if r.image == image]) for image in chosen]
+    cards = [
+        _card(corpus, image, scenes.get(image), [r for r in corpus.records if r.image == image]) for image in chosen
+    ]
     who = corpus.card.get("model")
-    said = join([f"{len(corpus.records):,} records about {len(corpus.images):,} images", " by " if who else "", name(who or ""), "."])
-    parts = [paragraph(said, f" Every {step}th image is shown." if step > 1 else ""), _agreement(corpus.card.get("agreement"))]
+    said = join(
+        [
+            f"{len(corpus.records):,} records about {len(corpus.images):,} images",
+            " by " if who else "",
+            name(who or ""),
+            ".",
+        ]
+    )
+    parts = [
+        paragraph(said, f" Every {step}th image is shown." if step > 1 else ""),
+        _agreement(corpus.card.get("agreement")),
+    ]
     return section("samples", "Annotated images", *parts, tag("div", *cards, class_="grid"))
 
 
@@ -47,13 +59,20 @@ def _card(corpus: Corpus, image: str, scene: Mapping[str, Any] | None, records: 
             text = turn.text.replace(IMAGE, "").strip()
             wrong = _false(text, scene) if turn.speaker == "gpt" and scene else []
             mark = tag("small", f" ✗ {', '.join(wrong)}", class_="wrong") if wrong else ""
-            turns.append(tag("dd", tag("q" if turn.speaker == "human" else "span", name(text)), mark, class_=turn.speaker))
+            turns.append(
+                tag("dd", tag("q" if turn.speaker == "human" else "span", name(text)), mark, class_=turn.speaker)
+            )
     truth = ""
     if scene:
         known = [f"{key} {scene[key]}" for key in TRUTHS if key in scene]
         truth = paragraph(tag("strong", "Truth: "), ", ".join(known) or "not known", class_="truth")
     alt = f"open image, in truth: {scene.get('kind', '')} {scene.get('name', '')}" if scene else f"open image {image}"
-    return tag("article", tag("div", _picture(corpus.folder / image, alt), truth, class_="head"), tag("dl", *turns), class_="card")
+    return tag(
+        "article",
+        tag("div", _picture(corpus.folder / image, alt), truth, class_="head"),
+        tag("dl", *turns),
+        class_="card",
+    )
 
 
 def _false(text: str, scene: Mapping[str, Any]) -> list[str]:

@@ -124,7 +124,13 @@ def _range(arms: Sequence[Arm], path: tuple[str, ...], rule: str) -> Markup:
         return paragraph("None of the runs recorded an accuracy.")
     known.sort(key=lambda pair: -pair[0].mean)
     best, worst = known[0], known[-1]
-    said: list[Any] = [f"Accuracy on the test images ({rule}): ", name(best[1].name), " ", tag("strong", percent(best[0])), " %"]
+    said: list[Any] = [
+        f"Accuracy on the test images ({rule}): ",
+        name(best[1].name),
+        " ",
+        tag("strong", percent(best[0])),
+        " %",
+    ]
     if len(known) > 1:
         said += [f", the highest of {len(known)}; the lowest is ", name(worst[1].name), f" with {percent(worst[0])} %"]
     return paragraph(*said, ".", class_="lead")
@@ -136,9 +142,13 @@ def _checked(found: Found) -> Markup:
     totals = [sum(x.values()) if isinstance(x, dict) else x for x in leaks]
     known = [t for t in totals if isinstance(t, int) and not isinstance(t, bool)]
     if len(known) < len(totals):
-        return paragraph("Whether test images are among the other images was not recorded for every run.", class_="note")
+        return paragraph(
+            "Whether test images are among the other images was not recorded for every run.", class_="note"
+        )
     if max(known) == 0:
         return paragraph(
             "No test image was found among the training, alignment and open images that the runs used.", class_="note"
         )
-    return paragraph(f"Up to {max(known)} test images are also among the other images of a run (declared).", class_="note")
+    return paragraph(
+        f"Up to {max(known)} test images are also among the other images of a run (declared).", class_="note"
+    )
