@@ -15,6 +15,7 @@ from mllm_fl.data.longtail import groups
 from mllm_fl.engines.local import LocalConfig
 from mllm_fl.errors import UserError
 from mllm_fl.report import build
+from mllm_fl.report.html import escape
 from mllm_fl.runs import RunFolder
 from mllm_fl.stages.federate import FederateConfig, federate, outcome
 from mllm_fl.toml import to_dict
@@ -58,8 +59,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        self._cell = tag in ("td", "th")
-        if self._cell:
+        if tag in ("td", "th"):
+            self._cell = True
             self.cells.append("")
 
     def handle_endtag(self, tag: str) -> None:
@@ -81,7 +82,7 @@ def test_numbers_are_those_of_the_records_and_seeds_are_averaged(tmp_path: Path)
     assert row[2].startswith(f"{mean:.1f}")
     assert page.cells[page.cells.index("other") :][2] == f"{100 * last[2]:.1f}"
     text = " ".join(page.text)
-    assert "Federated training alone reaches" in text and "with alignment" in text
+    assert "federated training alone (" in text and "with alignment (" in text
     assert "federate.arm" in text  # the differing key
 
 
@@ -111,32 +112,39 @@ def test_annotated_images_are_inside_the_page_with_their_truth(tmp_path: Path) -
     (tmp_path / "runs").mkdir()
     html = build([finished(tmp_path / "runs", "a", 0)], tmp_path / "r.html", corpus=tmp_path / "corpus").read_text()
     said = corpus.records[0].answers[0]
-    assert html.count("src='data:image/png;base64,") == 2
-    assert said in html and "Truth: kind" in html
+    assert html.count('src="data:image/png;base64,') == 2
+    assert escape(said) in html and "Truth: " in html
 
 
 def test_unfinished_runs_are_named_and_not_counted(tmp_path: Path) -> None:
-    done = finished(tmp_path, "a", 0)
-    (tmp_path / "half").mkdir()
-    html = build([done, tmp_path / "half"], tmp_path / "r.html").read_text()
-    assert "Unfinished and not counted: half." in html and "1 finished run, 1 arm" in html
+    done, half = finished(tmp_path, "a", 0), finished(tmp_path, "b", 5)
+    (half / "final.json").unlink()
+    page = Page(build([done, half], tmp_path / "r.html").read_text())
+    assert "1 finished run, 1 arm: 3 classes" in "".join(page.text)
+    assert "2 of – rounds" in page.cells  # the toy's config.toml does not say how many
 
 
 def test_what_cannot_be_reported_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "half").mkdir()
-    with pytest.raises(UserError, match="no finished run here"):
-        build([tmp_path / "half"], tmp_path / "r.html")
+    with pytest.raises(UserError, match="no run folder given"):
+        build([], tmp_path / "r.html")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: not a run folder"):
+        build([tmp_path / "empty"], tmp_path / "r.html")
+    half = finished(tmp_path / "y", "a", 0)
+    (half / "final.json").unlink()
+    with pytest.raises(UserError, match="none of 1 runs is finished"):
+        build([half], tmp_path / "r.html")
     a, b = finished(tmp_path / "x", "a", 0), finished(tmp_path / "x", "b", 0)
     final = json.loads((b / "final.json").read_text())
-    (b / "final.json").write_text(json.dumps(final | {"class_names": ["other"]}))
-    with pytest.raises(UserError, match="has other classes than"):
+    (b / "final.json").write_text(json.dumps(final | {"class_names": ["x", "y", "z"]}))
+    with pytest.raises(UserError, match="are not those of"):
         build([a, b], tmp_path / "r.html")
     with open(a / "rounds.jsonl", "a") as f:
         f.write("{broken\n")
     with pytest.raises(UserError, match=r"rounds.jsonl:3: broken line"):
         build([a], tmp_path / "r.html")
     (b / "final.json").write_text("{}")
-    with pytest.raises(UserError, match="final.json: lacks"):
+    with pytest.raises(UserError, match="final.json: class_names is not a list"):
         build([b], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 

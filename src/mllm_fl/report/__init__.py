@@ -20,6 +20,6 @@ def build(runs: Sequence[Path], out: Path, *, title: str = "mllm-fl", corpus: Pa
         UserError: no finished run, an empty folder, a broken file (with its line), runs with different classes, matplotlib missing,
             a page that cannot be written.
     """
-    from mllm_fl.report.page import build as write
+    from mllm_fl.report.document import write
 
-    return write(runs, out, title=title, corpus=corpus)
+    return write(runs, out, title, corpus)

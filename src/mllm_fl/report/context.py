@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm_fl.report import plots
@@ -87,7 +87,7 @@ def costs(found: Found) -> Markup:
         "up",
         "down",
         "up per client and round",
-        *(f"{p}, s" for p in PARTS),
+        *(f"{p}, s" for p in PARTS),
         "a client sends besides weights",
     ]
     body = []
@@ -129,16 +129,32 @@ def differences(found: Found) -> Markup:
     """Every configured value that is not the same in all arms."""
     heading = "What differs between the arms"
     configs = [_config(arm) for arm in found.arms]
-    keys = sorted(set().union(*configs) - {"name", "seed"})
-    rows = [(k, [c.get(k, MISSING) for c in configs]) for k in keys]
-    unequal = [[tag("code", k), *values] for k, values in rows if len(set(values)) > 1]
+    unequal = [[tag("code", k), *values] for k, values in _unequal(configs)]
     if not any(configs):
         return section("differences", heading, paragraph("The runs hold no config.toml."))
     if not unequal:
         return section("differences", heading, paragraph("Nothing but names and seeds."))
-    note = f"Of {len(rows)} resolved values; a table that is switched off has none (–)."
+    total = len(set().union(*configs))
+    note = f"All other of the {total} resolved values are equal. A table in brackets is a stage or part that some arms leave out (–)."
     grid = table("Configured values that differ", ["key", *(name(a.name) for a in found.arms)], unequal)
     return section("differences", heading, grid, paragraph(note, class_="note"))
+
+
+def _unequal(configs: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
+    """(dotted key, value per arm); of a table that some arms lack, only the keys in which the others differ."""
+    keys = sorted(set().union(*configs) - {"name", "seed"})
+    out: list[tuple[str, list[str]]] = []
+    for table_name in dict.fromkeys(k.partition(".")[0] for k in keys if "." in k):
+        has = [any(k.startswith(f"{table_name}.") for k in c) for c in configs]
+        if not all(has):
+            out.append((f"[{table_name}]", ["on" if h else MISSING for h in has]))
+    absent = [{name.strip("[]") for name, values in out if values[i] == MISSING} for i in range(len(configs))]
+    for key in keys:
+        values = [c.get(key, MISSING) for c in configs]
+        known = {v for v, without in zip(values, absent, strict=True) if key.partition(".")[0] not in without}
+        if len(known) > 1:
+            out.append((key, values))
+    return sorted(out, key=lambda row: row[0].strip("[]"))
 
 
 def _config(arm: Arm) -> dict[str, str]:
@@ -190,11 +206,11 @@ def _environments(found: Found) -> Markup:
         facts = {k: v for k, v in run.environment.items() if k not in ("command", "commit")}
         kinds.setdefault(json.dumps(facts, sort_keys=True, default=str), (facts, []))[1].append(run.label)
     parts = []
-    for facts, labels in kinds.values():
-        if not facts:
+    for recorded, labels in kinds.values():
+        if not recorded:
             continue
         caption = "Environment of all runs" if len(kinds) == 1 else f"Environment of {', '.join(labels)}"
-        rows = [[key, _value(value)] for key, value in facts.items()]
+        rows = [[key, _value(value)] for key, value in recorded.items()]
         parts.append(table(caption, ["what", "value"], rows, sortable=False))
     return join(parts)
 

@@ -63,14 +63,13 @@ def percent_cell(value: Value | None) -> Cell:
 
 def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]], *, sortable: bool = True) -> Markup:
     """A table whose first column heads its rows; it scrolls sideways inside itself where the page is narrow."""
-    body = []
-    for row in rows:
-        first, *rest = row
-        body.append(tag("tr", tag("th", first, scope="row"), *map(_td, rest)))
-    columns = [tag("th", h, scope="col") for h in head]
+    kept = [list(row) for row in rows]
+    body = [tag("tr", tag("th", first, scope="row"), *map(_td, rest)) for first, *rest in kept]
+    numeric = [any(isinstance(cell, Cell) for cell in column) for column in zip(*kept)] or [False] * len(head)
+    columns = [tag("th", h, scope="col", class_="n" if n else None) for h, n in zip(head, numeric, strict=True)]
     inner = tag(
         "table",
-        tag("caption", caption),
+        tag("caption", tag("span", caption)),
         tag("thead", tag("tr", *columns)),
         tag("tbody", *body),
         class_="sortable" if sortable else None,
@@ -80,7 +79,7 @@ def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]
 
 def _td(cell: object) -> Markup:
     if not isinstance(cell, Cell):
-        return tag("td", MISSING if cell is None else cell)
+        return tag("td", MISSING if cell is None else cell, class_="n" if cell is None else None)
     exact = None if cell.value is None else repr(cell.value)
     return tag("td", cell.shown, class_="n", data_value=exact, data_sd=None if cell.sd is None else repr(cell.sd))
 

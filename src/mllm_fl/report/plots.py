@@ -52,7 +52,14 @@ def curves(
         axes.plot(line.rounds, mean, **look)
         if all(v.sd is not None for v in line.values):
             sd = np.array([v.sd for v in line.values], dtype=float) * scale
-            axes.fill_between(line.rounds, mean - sd, mean + sd, color=colour(line.index), alpha=0.16, linewidth=0)
+            axes.fill_between(
+                line.rounds,
+                mean - sd,
+                mean + sd,
+                color=colour(line.index),
+                alpha=0.16 if len(lines) <= 4 else 0.09,
+                linewidth=0,
+            )
     axes.set_xlabel("round")
     axes.set_ylabel(unit)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -116,7 +123,7 @@ def matrix(
         for (i, j), value in np.ndenumerate(table):
             if value > 0:
                 text = f"{100 * shade[i, j]:.0f}" if share else f"{value:.0f}"
-                over = STRONG if shade[i, j] > 0.55 else INK
+                over = STRONG if shade[i, j] > 0.85 else INK
                 axes.text(j, i, text, ha="center", va="center", size=9, color=over)
     return inline(drawn, key, label)
 
@@ -132,19 +139,19 @@ def _names(axis: Any, names: Sequence[str], *, turned: bool) -> None:
     axis.set_tick_params(length=0)
 
 
-def legend(names: Sequence[tuple[int, str]]) -> Markup:
-    """Which line is which arm, as text of the page."""
+def legend(names: Sequence[tuple[int, str]], *, dashes: bool = True) -> Markup:
+    """Which line (or, without ``dashes``, bar) is which arm, as text of the page."""
     items = []
     for index, text in names:
-        gaps = ",".join(f"{d:g}" for d in dash(index)) or None
+        gaps = ",".join(f"{d:g}" for d in dash(index)) if dashes else ""
         line = tag(
             "line",
             x1="0",
             y1="5",
             x2="26",
             y2="5",
-            style=f"stroke:var(--s{index % 8});stroke-width:3",
-            stroke_dasharray=gaps,
+            style=f"stroke:var(--s{index % 8});stroke-width:{3 if dashes else 10}",
+            stroke_dasharray=gaps or None,
         )
         items.append(tag("li", tag("svg", line, width="26", height="10", aria_hidden="true"), tag("bdi", text)))
     return tag("ul", *items, class_="legend")

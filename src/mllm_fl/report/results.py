@@ -21,7 +21,7 @@ from mllm_fl.report.html import (
     table,
     tag,
 )
-from mllm_fl.report.reading import Arm, Found, Run
+from mllm_fl.report.reading import Found, Run
 from mllm_fl.report.summary import points, scores
 from mllm_fl.report.table import SCORES, Value, compare, footnotes, headers, mean_sd, number, percent
 
@@ -123,13 +123,13 @@ def by_frequency(found: Found) -> Markup:
     first = found.arms[0].first.final
     parts = first.get("groups") if isinstance(first.get("groups"), Mapping) else {}
     values = [(arm.index, [mean_sd(scores(arm, "last", g)) for g in ("accuracy", *GROUPS)]) for arm in found.arms]
-    parts_named = [f"{g}: {_names(parts.get(g), found.class_names)}" for g in GROUPS if parts and parts.get(g)]
+    parts_named = [join([f"{g}: ", _names(parts.get(g), found.class_names)]) for g in GROUPS if parts and parts.get(g)]
     label = "Accuracy in the last round, bars per arm: " + "; ".join(
         f"{arm.name} " + ", ".join(f"{g} {percent(v)}" for g, v in zip(("all", *GROUPS), row, strict=True))
         for arm, (_, row) in zip(found.arms, values, strict=True)
     )
     svg = plots.bars("groups", ("all", *GROUPS), values, label)
-    legend = plots.legend([(arm.index, arm.name) for arm in found.arms])
+    legend = plots.legend([(arm.index, arm.name) for arm in found.arms], dashes=False)
     rule = [f"Groups: {parts['rule']}."] if parts and parts.get("rule") else []
     seeds = " Error bars: ± one standard deviation over seeds." if any(len(a.runs) > 1 for a in found.arms) else ""
     caption = f"Accuracy in the last round; a group's is the mean over its classes.{seeds}"

@@ -89,12 +89,12 @@ def _data(found: Found) -> Markup:
 
 
 def _brought(base: Arm, by_stage: dict[tuple[bool, bool], Arm], path: tuple[str, ...]) -> list[Markup]:
-    items = [join(["federated training alone (", name(base.name), "): ", _strong(base, path), " %"])]
+    items = [join(["federated training alone (", name(base.name), "): ", _strong(base, path), " %"])]
     for key, words in WORDS.items():
         arm = by_stage.get(key)
         if arm is not None:
             change = points(gain(arm, base, *path))
-            items.append(join([f"with {words} (", name(arm.name), "): ", _strong(arm, path), f" %, {change}"]))
+            items.append(join([f"with {words} (", name(arm.name), "): ", _strong(arm, path), f" %, {change}"]))
     return items
 
 
@@ -113,9 +113,9 @@ def _rare(base: Arm, by_stage: dict[tuple[bool, bool], Arm]) -> Markup:
     for key, words in WORDS.items():
         after = mean_sd(scores(by_stage[key], "last", "few")) if key in by_stage else None
         if after is not None:
-            said.append(f"{percent(after)} % with {words}")
+            said.append(f"{percent(after)} % with {words}")
     rare = f"The {len(few)} rarest classes" if len(few) > 1 else "The rarest class"
-    return paragraph(f"{rare}, last round: {percent(before)} % alone, {', '.join(said)}.") if said else Markup("")
+    return paragraph(f"{rare}, last round: {percent(before)} % alone, {', '.join(said)}.") if said else Markup("")
 
 
 def _range(arms: Sequence[Arm], path: tuple[str, ...], rule: str) -> Markup:
@@ -129,10 +129,10 @@ def _range(arms: Sequence[Arm], path: tuple[str, ...], rule: str) -> Markup:
         name(best[1].name),
         " ",
         tag("strong", percent(best[0])),
-        " %",
+        " %",
     ]
     if len(known) > 1:
-        said += [f", the highest of {len(known)}; the lowest is ", name(worst[1].name), f" with {percent(worst[0])} %"]
+        said += [f", the highest of {len(known)}; the lowest is ", name(worst[1].name), f" with {percent(worst[0])} %"]
     return paragraph(*said, ".", class_="lead")
 
 
