@@ -75,7 +75,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.owner = f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}.{os.urandom(4).hex()}"
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{born(os.getpid())}.{os.urandom(4).hex()}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
@@ -195,8 +195,8 @@ class Ledger:
         """Whether a claim holds: its process lives (same machine), or the lease has not run out (another machine)."""
         host, pid, started = (owner or "::").rsplit(":", 2)
         if host == socket.gethostname() and pid.isdigit():
-            born = started.partition(".")[0]
-            return owner != self.owner and born != "" and _started(int(pid)) == born
+            then = started.partition(".")[0]
+            return owner != self.owner and then != "" and born(int(pid)) == then
         return now - since < LEASE
 
     def _transaction(self) -> _Transaction:
@@ -216,7 +216,7 @@ class _Transaction:
         self._db.execute("COMMIT" if kind is None else "ROLLBACK")
 
 
-def _started(pid: int) -> str:
+def born(pid: int) -> str:
     """A word that tells this process from a later one with the same id; empty when there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8") as f:

@@ -172,22 +172,30 @@ def reproduce(found: Found) -> Markup:
     body = []
     for run in found.runs:
         f = run.final
-        weights, commit = str(f.get("weights_sha256") or MISSING)[:12], f.get("environment", {}).get("commit")
-        hashes = [
-            tag("code", str(x)[:12])
-            for x in (f.get("config_hash") or MISSING, f.get("manifest_sha256") or MISSING, weights)
-        ]
-        body.append(
-            [
-                run.label,
-                tag("code", commit or run.environment.get("commit") or MISSING),
-                *hashes,
-                tag("code", _again(run)),
-            ]
-        )
+        named = (f.get(key) or MISSING for key in ("config_hash", "manifest_sha256", "weights_sha256"))
+        hashes = [tag("code", str(x)[:12]) for x in named]
+        body.append([run.label, tag("code", _commit(run)), *hashes, tag("code", _again(run))])
     head = ["run", "commit", "configuration", "partition", "weights", "to reproduce"]
     grid = table("Runs, their hashes and commands", head, body)
-    return section("reproduce", "Environment, and how to reproduce", grid, _commands(found), _environments(found))
+    heading = "Environment, and how to reproduce"
+    return section("reproduce", heading, grid, _commits(found), _commands(found), _environments(found))
+
+
+def _commits(found: Found) -> Markup:
+    """What a reader of the commits must not overlook."""
+    commits = {_commit(run) for run in found.runs}
+    said = []
+    if len(commits) > 1:
+        said.append(f"The runs come from {len(commits)} different states of the code.")
+    if any(c.endswith("-dirty") for c in commits):
+        said.append("“dirty”: the code had changes that were not committed.")
+    return paragraph(" ".join(said), class_="note") if said else Markup("")
+
+
+def _commit(run: Run) -> str:
+    recorded = run.final.get("environment")
+    commit = recorded.get("commit") if isinstance(recorded, Mapping) else None
+    return str(commit or run.environment.get("commit") or MISSING)
 
 
 def _again(run: Run) -> str:

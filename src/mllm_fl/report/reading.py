@@ -32,6 +32,12 @@ class Run:
     environment: Mapping[str, Any]
 
     @property
+    def seed(self) -> int:
+        """The seed that final.json names, -1 where it names none."""
+        seed = self.final.get("seed")
+        return seed if isinstance(seed, int) else -1
+
+    @property
     def label(self) -> str:
         """Arm and seed."""
         return (
@@ -88,7 +94,7 @@ def read(folders: Sequence[Path]) -> Found:
         raise UserError("report", "no run folder given", "give folders under runs/")
     runs: list[Run] = []
     unfinished: list[Unfinished] = []
-    for folder in dict.fromkeys(Path(f).resolve() for f in folders):
+    for folder in {Path(f).resolve(): Path(f) for f in folders}.values():
         if not folder.is_dir():
             raise UserError(folder, "no such folder", "give a folder under runs/")
         finals = [folder / n for n in ("final.json", "aligned.json") if (folder / n).exists()]
@@ -196,7 +202,8 @@ def _same_classes(runs: Sequence[Run]) -> tuple[str, ...]:
 
 def _arms(runs: Sequence[Run]) -> tuple[Arm, ...]:
     by_final = {id(run.final): run for run in runs}
-    groups = group([run.final for run in runs])
-    return tuple(
-        Arm(label, i, tuple(by_final[id(f)] for f in finals)) for i, (label, finals) in enumerate(groups.items())
-    )
+    arms = []
+    for i, (label, finals) in enumerate(group([run.final for run in runs]).items()):
+        members = sorted((by_final[id(f)] for f in finals), key=lambda run: run.seed)
+        arms.append(Arm(label, i, tuple(members)))
+    return tuple(arms)

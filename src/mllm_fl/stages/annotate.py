@@ -20,7 +20,7 @@ from torch import Tensor
 from mllm_fl.annotate.agreement import agreement
 from mllm_fl.annotate.backends.base import Backend, Request, png
 from mllm_fl.annotate.corpus import Corpus
-from mllm_fl.annotate.ledger import Entry, Key, Ledger, canonical
+from mllm_fl.annotate.ledger import Entry, Key, Ledger, born, canonical
 from mllm_fl.annotate.prompts import KINDS, Prompt, prompts_for
 from mllm_fl.annotate.records import Record, save
 from mllm_fl.data.decode import EXTENSIONS, fit, to_array, to_rgb
@@ -135,6 +135,7 @@ def annotate(
         if (folder / "records.json").exists() and not retry:
             return Corpus.open(folder)
     prompts = prompts_for(config.kinds, _style(config))
+    _sweep(folder)
     pictures = _lay_out(config, folder)
     write_whole(begun, (json.dumps(resolved, indent=1) + "\n").encode())
     with Ledger(folder / "ledger.sqlite") as ledger:
@@ -287,6 +288,14 @@ def _finish(work: _Work, failed: dict[Key, str]) -> None:
     }  # fmt: skip
     write_whole(work.folder / "card.json", (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
     save(records, work.folder / "records.json")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the half-written files of processes that died on this machine."""
+    for leftover in folder.rglob(".*.tmp"):
+        pid = leftover.name.split(".")[-2]
+        if pid.isdigit() and not born(int(pid)):
+            leftover.unlink(missing_ok=True)
 
 
 def _lay_out(config: AnnotateConfig, folder: Path) -> _Open:

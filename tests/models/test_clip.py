@@ -1,0 +1,84 @@
+"""The CLIP teacher: zero-shot logits by their definition, the card's number, and files that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mllm_fl.data.digits import load_digits
+from mllm_fl.errors import UserError
+from mllm_fl.models.teacher.clip import BUNDLED, ClipTeacher, TeacherConfig, load_clip
+
+
+@pytest.fixture(scope="module")
+def mini() -> ClipTeacher:
+    return load_clip("mini")
+
+
+def test_zero_shot_by_its_definition(mini: ClipTeacher) -> None:
+    images = load_digits(16)[1].read(range(4))
+    names, templates = ("zero", "one"), ("a photo of the digit {}", "the digit {}")
+    image = mini.model.get_image_features(pixel_values=images.float() / 127.5 - 1).pooler_output
+    text = []
+    for name in names:
+        ids = [mini.tokenizer(t.format(name), return_tensors="pt") for t in templates]
+        rows = [F.normalize(mini.model.get_text_features(**i).pooler_output[0], dim=0) for i in ids]
+        text.append(F.normalize((rows[0] + rows[1]) / 2, dim=0))
+    expected = mini.model.logit_scale.exp() * F.normalize(image, dim=1) @ torch.stack(text).T
+    assert torch.allclose(mini.zero_shot(images, names, templates), expected, atol=1e-3)
+
+
+def test_accuracy_on_real_digits_is_the_cards(mini: ClipTeacher) -> None:
+    test = load_digits(16)[1]
+    right = mini.zero_shot(test.read(range(len(test))), test.class_names).argmax(1) == torch.from_numpy(test.labels)
+    card = json.loads((BUNDLED / "card.json").read_text())
+    assert float(right.double().mean()) == pytest.approx(
+        card["clip"]["test_half"], abs=0.005
+    )  # chips round differently
+    assert card["clip"]["zero_shot"] > 0.7
+
+
+def test_class_words_are_told_apart(mini: ClipTeacher) -> None:
+    """The trap of an end token 2: all prompts pooled before the class word, and so equal."""
+    e = mini.class_embeddings(load_digits(16)[1].class_names)
+    assert float((e @ e.T - torch.eye(10)).max()) < 0.95
+    assert mini.model.config.text_config.eos_token_id == mini.tokenizer.eos_token_id != 2
+
+
+def test_it_is_frozen_and_small(mini: ClipTeacher) -> None:
+    assert not any(p.requires_grad for p in mini.model.parameters()) and not mini.model.training
+    assert sum(f.stat().st_size for f in BUNDLED.rglob("*") if f.is_file()) <= 10_000_000
+
+
+def test_underscores_are_spaces(mini: ClipTeacher) -> None:
+    assert torch.equal(mini.class_embeddings(["the_digit_one"]), mini.class_embeddings(["the digit one"]))
+
+
+def test_fingerprint_changes_with_prompts_and_weights(mini: ClipTeacher, tmp_path: Path) -> None:
+    copy = tmp_path / "clip"
+    shutil.copytree(BUNDLED / "mini-clip", copy)
+    (copy / "templates.txt").write_text("the {}\n")
+    assert load_clip(str(copy)).templates == ("the {}",)
+    assert load_clip(str(copy)).fingerprint != mini.fingerprint == load_clip("mini").fingerprint
+
+
+def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"teacher.name: no folder /nowhere/clip"):
+        load_clip("/nowhere/clip")
+    broken = tmp_path / "clip"
+    shutil.copytree(BUNDLED / "mini-clip", broken)
+    (broken / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="cannot be loaded as CLIP"):
+        load_clip(str(broken))
+    with pytest.raises(UserError, match="cannot be loaded as CLIP .*; check the folder, or be online"):
+        load_clip("no-such/model")
+
+
+def test_templates_need_one_place_for_the_class() -> None:
+    with pytest.raises(UserError, match=r"teacher.templates: 'a photo' needs exactly one \{\}"):
+        TeacherConfig(templates=("a photo",))
