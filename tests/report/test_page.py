@@ -155,3 +155,56 @@ def test_rejected_updates_are_listed(tmp_path: Path) -> None:
     with open(run / "clients.jsonl", "a") as f:
         f.write(json.dumps(row) + "\n")
     assert "w: NaN" in build([run], tmp_path / "r.html").read_text()
+
+
+def configured(run: Path, text: str) -> Path:
+    """The run with another config.toml."""
+    (run / "config.toml").write_text(text)
+    return run
+
+
+def test_a_stage_is_not_credited_silently_when_more_differs(tmp_path: Path) -> None:
+    a, b = finished(tmp_path, "a", 0), finished(tmp_path, "b", 0, (False, True))
+    configured(a, "[federate]\nrounds = 2\n"), configured(b, "[federate]\nrounds = 2\n[align]\nsteps = 1\n")
+    assert "differ in more than their stages" not in build([a, b], tmp_path / "r.html").read_text()
+    configured(b, "[federate]\nrounds = 3\n[align]\nsteps = 1\n")
+    html = build([a, b], tmp_path / "r.html").read_text()
+    assert "differ in more than their stages" in html and "<code>federate.rounds</code>" in html
+
+
+def test_who_holds_what_is_counted_from_the_manifest_when_nothing_else_says(tmp_path: Path) -> None:
+    from mllm_fl.data.config import DataConfig
+    from mllm_fl.data.federation import build as build_federation
+    from mllm_fl.data.manifest import save
+
+    data = DataConfig(source="digits", clients=4, imbalance_factor=30.0)
+    federation = build_federation(data)
+    run = configured(finished(tmp_path, "a", 0), '[data]\nsource = "digits"\nclients = 4\nimbalance_factor = 30\n')
+    final = json.loads((run / "final.json").read_text())
+    (run / "federation.json").unlink()
+    assert "Not known" in build([run], tmp_path / "r.html").read_text()
+    save(federation.manifest, run / "manifest.json")
+    eye = [[int(i == j) for j in range(10)] for i in range(10)]
+    last = final["last"] | {"per_class": None, "confusion": eye}
+    more = {
+        "class_names": list(federation.class_names),
+        "class_counts": federation.class_counts,
+        "groups": None,
+        "last": last,
+    }
+    (run / "final.json").write_text(json.dumps(final | more))
+    page = Page(build([run], tmp_path / "r.html").read_text())
+    first = summary(federation)["clients"][0]
+    row = page.cells.index("client 0")
+    assert page.cells[row + 1 : row + 12] == [str(n) for n in [*first["histogram"], first["size"]]]
+    configured(run, '[data]\nsource = "digits"\nclients = 5\nimbalance_factor = 30\n')
+    assert "Not known" in build([run], tmp_path / "r.html").read_text()  # other data than the manifest's
+
+
+def test_every_heading_figure_and_table_says_what_it_is(tmp_path: Path) -> None:
+    page = Page(build([finished(tmp_path, "a", 0)], tmp_path / "r.html").read_text())
+    tags = [t for t, _ in page.tags]
+    assert tags.count("h1") == 1 and tags.count("main") == 1 and tags.count("table") == tags.count("caption")
+    assert all(a.get("aria-label") or a.get("aria-hidden") for t, a in page.tags if t == "svg")
+    assert all(a.get("scope") for t, a in page.tags if t == "th")
+    assert dict(next(a for t, a in page.tags if t == "html"))["lang"] == "en"

@@ -42,16 +42,12 @@ def holdings(found: Found) -> Markup:
         _federation(i, f, list(dict.fromkeys(arms)) if len(seen) > 1 else [], found.class_names)
         for i, (f, arms) in enumerate(seen.values())
     ]
-    return section("holdings", "Who holds what", *parts) if parts else Markup("")
+    unknown = paragraph("– Not known: the runs hold no federation.json, and their data is not on this machine.")
+    return section("holdings", "Who holds what", *(parts or [unknown]))
 
 
 def _federation(index: int, federation: Mapping[str, Any], arms: list[str], classes: tuple[str, ...]) -> Markup:
-    clients = [
-        c for c in federation["clients"] if isinstance(c, Mapping) and len(c.get("histogram") or ()) == len(classes)
-    ]
-    if len(clients) < len(federation["clients"]):
-        return paragraph("Images per client and class were not recorded in a form that fits the classes.")
-    counts = [list(c["histogram"]) for c in clients]
+    counts = [list(c["histogram"]) for c in federation["clients"]]
     sizes = [sum(row) for row in counts]
     facts = f"{sum(sizes):,} images of {federation.get('dataset', MISSING)} on {len(sizes)} clients, {min(sizes):,} to {max(sizes):,} each"
     how = ", ".join(

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mllm_fl.errors import UserError
+from mllm_fl.report.checks import WAY_OUT, check_federation, check_final
 from mllm_fl.report.table import group
 from mllm_fl.runs import read_json, read_rows
+from mllm_fl.toml import build as build_config
 from mllm_fl.toml import flatten, read_toml
-
-WAY_OUT = "restore the file, or delete the run folder and run again"
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,10 @@ def read(folders: Sequence[Path]) -> Found:
 
 def _finished(folder: Path, path: Path) -> Run:
     final = _object(path)
-    _check(final, path)
+    check_final(final, path)
     aligned = path.name == "aligned.json"  # of `mllm-fl align`: one more number, but no rounds of its own
+    federation = _optional(folder / "federation.json")
+    check_federation(federation, len(final["class_names"]), folder / "federation.json")
     environment = _optional(folder / "env.json") or final.get("environment")
     return Run(
         folder,
@@ -121,7 +123,7 @@ def _finished(folder: Path, path: Path) -> Run:
         () if aligned else tuple(_rows(folder / "clients.jsonl")),
         () if aligned else tuple(_rows(folder / "events.jsonl")),
         flatten(read_toml(folder / "config.toml")) if (folder / "config.toml").exists() else {},
-        _optional(folder / "federation.json"),
+        _optional(folder / "federation.json") or _counted(folder),
         environment if isinstance(environment, dict) else {},
     )
 
@@ -150,6 +152,8 @@ def _rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}", "is not a JSON object", WAY_OUT)
+        if path.name != "events.jsonl" and type(row.get("round")) is not int:
+            raise UserError(f"{path}:{number}", "names no round", WAY_OUT)
     return rows
 
 
@@ -164,26 +168,23 @@ def _optional(path: Path) -> dict[str, Any]:
     return _object(path) if path.exists() else {}
 
 
-def _check(final: Mapping[str, Any], path: Path) -> None:
-    names = final.get("class_names")
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        raise UserError(path, "class_names is not a list of names", WAY_OUT)
-    last = final.get("last")
-    if not isinstance(last, dict):
-        raise UserError(path, "has no scores of the last round ('last')", WAY_OUT)
-    n = len(names)
-    confusion = last.get("confusion")
-    if confusion is not None and not (
-        isinstance(confusion, list)
-        and len(confusion) == n
-        and all(
-            isinstance(r, list) and len(r) == n and all(isinstance(x, int) and x >= 0 for x in r) for r in confusion
+def _counted(folder: Path) -> dict[str, Any]:
+    """Who holds what for a run that wrote manifest.json only: indices counted by the labels of the data, if it is here and the same."""
+    manifest = _optional(folder / "manifest.json")
+    if not manifest or not (folder / "config.toml").exists():
+        return {}
+    from mllm_fl.data.config import DataConfig
+    from mllm_fl.data.describe import summary
+    from mllm_fl.data.federation import build as build_federation
+
+    try:
+        config = build_config(
+            DataConfig, read_toml(folder / "config.toml").get("data", {}), str(folder / "config.toml"), "data."
         )
-    ):
-        raise UserError(path, f"last.confusion is not a table of {n} × {n} counts", WAY_OUT)
-    for key, values in (("last.per_class", last.get("per_class")), ("class_counts", final.get("class_counts"))):
-        if values is not None and not (isinstance(values, list) and len(values) == n):
-            raise UserError(path, f"{key} has not one value for each of the {n} classes", WAY_OUT)
+        federation = build_federation(config)
+    except UserError:  # the data set is not on this machine: the page says that it is not known
+        return {}
+    return summary(federation) if federation.manifest.sha256 == manifest.get("sha256") else {}
 
 
 def _same_classes(runs: Sequence[Run]) -> tuple[str, ...]:

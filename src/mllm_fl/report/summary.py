@@ -9,6 +9,7 @@ from mllm_fl.report.html import Markup, join, listing, name, paragraph, tag
 from mllm_fl.report.reading import Arm, Found
 from mllm_fl.report.table import Value, mean_sd, number, percent
 
+OF_STAGES = ("annotate.", "pretrain.", "align.")
 WORDS = {(True, False): "pretraining", (False, True): "alignment", (True, True): "pretraining and alignment"}
 
 
@@ -22,6 +23,7 @@ def lead(found: Found) -> Markup:
         parts.append(paragraph("Accuracy on the test images, ", rule, ":", class_="lead"))
         parts.append(listing(_brought(base, by_stage, path)))
         parts.append(_rare(base, by_stage))
+        parts.append(_beyond_stages(found.arms))
     else:
         parts.append(_range(found.arms, path, rule))
     parts.append(_checked(found))
@@ -116,6 +118,22 @@ def _rare(base: Arm, by_stage: dict[tuple[bool, bool], Arm]) -> Markup:
             said.append(f"{percent(after)} % with {words}")
     rare = f"The {len(few)} rarest classes" if len(few) > 1 else "The rarest class"
     return paragraph(f"{rare}, last round: {percent(before)} % alone, {', '.join(said)}.") if said else Markup("")
+
+
+def _beyond_stages(arms: Sequence[Arm]) -> Markup:
+    """A warning where arms differ in more than stages, for then a difference is not the stage's alone."""
+    configs = [{k: v for k, v in run.config.items() if not k.startswith(OF_STAGES)} for arm in arms for run in arm.runs]
+    keys = sorted({k for c in configs for k in c if any(o.get(k) != c[k] for o in configs)} - {"name", "seed"})
+    if not keys:
+        return Markup("")
+    more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+    shown = join((tag("code", k) for k in keys[:6]), ", ")
+    return paragraph(
+        "These runs differ in more than their stages, so a difference is not a stage’s alone: ",
+        shown,
+        f"{more}.",
+        class_="wrong",
+    )
 
 
 def _range(arms: Sequence[Arm], path: tuple[str, ...], rule: str) -> Markup:
