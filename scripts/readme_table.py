@@ -1,4 +1,8 @@
-"""Fill README.md's quickstart table from results/quickstart.jsonl; ``--check`` exits 1 when it is stale."""
+"""Fill a document's table from a results file; ``--check`` exits 1 when it is stale.
+
+``--readme docs/pretraining.md --results results/handover.jsonl`` fills what stands between ``<!-- handover-table -->`` and
+``<!-- /handover-table -->``; without arguments it is README.md and results/quickstart.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,20 @@ from mllm_fl.errors import UserError
 from mllm_fl.report.table import compare, to_markdown
 from mllm_fl.results import read
 
-BEGIN, END = "<!-- quickstart-table -->", "<!-- /quickstart-table -->"
 
-
-def filled(text: str, table: str, place: object) -> str:
-    """The document with ``table`` between the two marks.
+def filled(text: str, table: str, place: object, name: str = "quickstart") -> str:
+    """The document with ``table`` between the two marks of ``name``.
 
     Raises:
         UserError: a mark is missing, there are several, or they stand in the wrong order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+    begin, end = f"<!-- {name}-table -->", f"<!-- /{name}-table -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise UserError(
-            place, f"needs {BEGIN} once and {END} once after it", "add the two lines where the table belongs"
+            place, f"needs {begin} once and {end} once after it", "add the two lines where the table belongs"
         )
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
             old = args.readme.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(args.readme, f"cannot be read: {e}") from e
-        new = filled(old, to_markdown(compare(read(args.results))), args.readme)
+        new = filled(old, to_markdown(compare(read(args.results))), args.readme, args.results.stem)
     except UserError as e:
         print(f"readme_table: {e}", file=sys.stderr)
         return 2

@@ -95,6 +95,7 @@ def test_nothing_leaves_the_page(tmp_path: Path) -> None:
     assert not re.search(r"url\((?!#)|@import|fetch\(|XMLHttp|<link|<iframe", html)
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', html)) <= set(ids)
 
 
 def test_hostile_names_are_shown_not_obeyed(tmp_path: Path) -> None:

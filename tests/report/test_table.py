@@ -46,6 +46,9 @@ def test_what_is_missing_is_a_dash_and_never_a_number() -> None:
 def test_one_seed_carries_the_deviation_over_its_rounds_and_says_so() -> None:
     rows = compare([final("a", 0, 0.5)])
     assert "50.0±1.0" in to_text(rows)
+    assert to_text(rows).split()[:4] == ["arm", "seeds", "last", "mean20"]
+    other = final("b", 0, 0.5, mean_last={"rounds": 10, "mean": 0.5})
+    assert to_text(compare([final("a", 0, 0.5), other])).split()[:4] == ["arm", "seeds", "last", "mean"]
     assert "One seed" in footnotes(rows)[1]
     assert "2 seeds" in footnotes(compare([final("a", 0, 0.5), final("a", 1, 0.6)]))[1]
     assert all("selected on test" in notes[-1] for notes in (footnotes(rows), footnotes([])))
@@ -78,7 +81,7 @@ def script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "--readme",
         str(folder / "README.md"),
         "--results",
-        str(folder / "r.jsonl"),
+        str(folder / "quickstart.jsonl"),
         *arguments,
     ]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -87,7 +90,7 @@ def script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_readme_follows_the_results(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- quickstart-table -->\nold\n<!-- /quickstart-table -->\nafter\n")
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(final("fedavg", s, 0.5)) + "\n" for s in (0, 1)))
+    (tmp_path / "quickstart.jsonl").write_text("".join(json.dumps(final("fedavg", s, 0.5)) + "\n" for s in (0, 1)))
     stale = script(tmp_path, "--check")
     assert (stale.returncode, "is stale" in stale.stderr, "old" in readme.read_text()) == (1, True, True)
     assert script(tmp_path).returncode == 0
@@ -99,8 +102,8 @@ def test_the_readme_follows_the_results(tmp_path: Path) -> None:
 
 def test_a_readme_without_marks_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("nothing")
-    (tmp_path / "r.jsonl").write_text(json.dumps(final("fedavg", 0, 0.5)) + "\n")
+    (tmp_path / "quickstart.jsonl").write_text(json.dumps(final("fedavg", 0, 0.5)) + "\n")
     done = script(tmp_path)
     assert done.returncode == 2 and "README.md: needs <!-- quickstart-table --> once" in done.stderr
-    (tmp_path / "r.jsonl").unlink()
+    (tmp_path / "quickstart.jsonl").unlink()
     assert "no such results file" in script(tmp_path).stderr

@@ -24,7 +24,9 @@ def check_final(final: Mapping[str, Any], path: Path) -> None:
         raise UserError(path, "has no scores of the last round ('last')", WAY_OUT)
     n = len(names)
     confusion = last.get("confusion")
-    if confusion is not None and not (_is_counts(confusion, n, each=list) and all(_is_counts(r, n) for r in confusion)):
+    if confusion is not None and not (
+        isinstance(confusion, list) and len(confusion) == n and all(_is_counts(r, n) for r in confusion)
+    ):
         raise UserError(path, f"last.confusion is not a table of {n} × {n} counts", WAY_OUT)
     for key, values in (("last.per_class", last.get("per_class")), ("class_counts", final.get("class_counts"))):
         if values is not None and not (isinstance(values, list) and len(values) == n):
@@ -63,8 +65,6 @@ def check_federation(federation: Mapping[str, Any], classes: int, path: Path) ->
             raise UserError(path, f"client {k} has not one count for each of the {classes} classes", WAY_OUT)
 
 
-def _is_counts(values: Any, n: int, each: type = int) -> bool:
-    """Whether this is a list of n counts (or, for ``each`` = list, of n lists)."""
-    if not isinstance(values, list) or len(values) != n:
-        return False
-    return all(type(v) is each and (each is not int or v >= 0) for v in values)
+def _is_counts(values: Any, n: int) -> bool:
+    """Whether this is a list of n counts."""
+    return isinstance(values, list) and len(values) == n and all(type(v) is int and v >= 0 for v in values)

@@ -113,7 +113,7 @@ def _finished(folder: Path, path: Path) -> Run:
     final = _object(path)
     check_final(final, path)
     aligned = path.name == "aligned.json"  # of `mllm-fl align`: one more number, but no rounds of its own
-    federation = _optional(folder / "federation.json")
+    federation = _optional(folder / "federation.json") or _counted(folder)
     check_federation(federation, len(final["class_names"]), folder / "federation.json")
     environment = _optional(folder / "env.json") or final.get("environment")
     return Run(
@@ -123,7 +123,7 @@ def _finished(folder: Path, path: Path) -> Run:
         () if aligned else tuple(_rows(folder / "clients.jsonl")),
         () if aligned else tuple(_rows(folder / "events.jsonl")),
         flatten(read_toml(folder / "config.toml")) if (folder / "config.toml").exists() else {},
-        _optional(folder / "federation.json") or _counted(folder),
+        federation,
         environment if isinstance(environment, dict) else {},
     )
 

@@ -73,7 +73,7 @@ def group(finals: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
     its hash; if they are the same run, it counts once. Arms of several experiments are told apart by the experiment's name.
     """
     unique = list(
-        {(_text(f, "experiment"), _text(f, "arm"), f.get("seed"), f.get("config_hash")): f for f in finals}.values()
+        {(_text(f, "experiment"), _text(f, "arm"), f.get("seed"), _text(f, "config_hash")): f for f in finals}.values()
     )
     experiments = {_text(f, "experiment") for f in unique}
     arms: dict[str, list[Mapping[str, Any]]] = {}
@@ -163,7 +163,7 @@ def to_text(rows: Sequence[Row], width: int = 80) -> str:
     titles = headers(rows)
     head = [
         "seeds",
-        *(("last" + titles[k].removeprefix("mean last ")) if k == "mean_last" else t for k, t in titles.items()),
+        *(t.replace("mean last", "mean").replace(" ", "") if k == "mean_last" else t for k, t in titles.items()),
     ]
     cells = [[str(len(r.seeds)), *(percent(r.values[k]).replace(" ", "") for k in SCORES)] for r in rows]
     sizes = [max(map(len, column)) for column in zip(head, *cells, strict=True)]

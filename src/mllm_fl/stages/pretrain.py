@@ -155,6 +155,7 @@ def pretrain(
         done = folder / "pretrain.json"
         if done.exists():
             _same(done, what, read_json(done)["what"])
+            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
             return fit(load_checkpoint(folder / "pretrained.safetensors")[0], like, folder / "pretrained.safetensors")
         width = network.feature_dim
         teacher = teacher or load_llava(config.teacher, width)

@@ -1,0 +1,291 @@
+"""Stage 1b: only the compact model learns, on what the paper says, and a killed run ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mllm_fl.annotate.corpus import Corpus
+from mllm_fl.engines.checkpoint import load_checkpoint
+from mllm_fl.errors import UserError
+from mllm_fl.events import Event
+from mllm_fl.models.network import ModelConfig, Network, build_network
+from mllm_fl.models.teacher.blend import lm_loss
+from mllm_fl.models.teacher.conversation import collate, encode
+from mllm_fl.models.teacher.llava import LlavaTeacher, load_llava
+from mllm_fl.stages import pretrain as stage
+from mllm_fl.stages.pretrain import PretrainConfig, alpha_at, lr_at, pretrain
+from mllm_fl.trees import digest
+from tests import tiny_llava
+
+CONFIG = PretrainConfig(steps=6, batch_size=8, checkpoint_every=2)
+
+
+def network(dim: int = tiny_llava.WIDTH) -> Network:
+    return build_network(ModelConfig(width=4, adapter="linear", adapter_dim=dim), 10, 0)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> LlavaTeacher:
+    return load_llava(str(tiny_llava.save_tiny(tmp_path_factory.mktemp("llava"))))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava.corpus(tmp_path_factory.mktemp("corpora") / "corpus")
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "pretrain.jsonl").read_text().splitlines()]
+
+
+def test_the_papers_alpha_is_a_cosine_over_half_the_steps_then_one() -> None:
+    alphas = [alpha_at(CONFIG, s, 200) for s in (0, 25, 50, 75, 100, 150, 199)]
+    assert alphas == pytest.approx([0, 0.1464, 0.5, 0.8536, 1, 1, 1], abs=1e-4)  # S = 100
+    assert [alpha_at(replace(CONFIG, alpha="linear"), s, 200) for s in (0, 25, 100)] == [0, 0.25, 1]
+    assert [alpha_at(replace(CONFIG, alpha="one"), s, 200) for s in (0, 199)] == [1, 1]
+    assert alpha_at(replace(CONFIG, alpha_until=0.0), 0, 200) == 1
+
+
+def test_learning_rate_warms_up_and_falls_on_a_cosine() -> None:
+    c = replace(CONFIG, lr=1.0, warmup=0.1)
+    assert [lr_at(c, s, 20) for s in (0, 1, 2, 11)] == pytest.approx([0.5, 1, 1, 0.5])
+    assert lr_at(c, 19, 20) == pytest.approx(0.5 * (1 + math.cos(math.pi * 17 / 18)))
+    assert lr_at(replace(c, warmup=0.0), 0, 20) == 1
+
+
+def test_only_backbone_and_adapter_change_and_the_callers_network_does_not(
+    teacher: LlavaTeacher, corpus: Path, tmp_path: Path
+) -> None:
+    net, frozen = network(), digest(teacher.model.state_dict())
+    before = digest(net.state_dict())
+    w = pretrain(CONFIG, net, corpus, tmp_path, teacher=teacher)
+    assert digest(net.state_dict()) == before
+    assert digest(teacher.model.state_dict()) == frozen
+    assert all(p.grad is None for p in teacher.model.parameters())
+    changed = {k.split(".")[0] for k, v in net.state_dict().items() if not torch.equal(v, w[k])}
+    assert changed == {"backbone", "adapter"}
+
+
+def test_alpha_zero_teaches_exactly_nothing(teacher: LlavaTeacher, corpus: Path, tmp_path: Path) -> None:
+    net = network()
+    w = pretrain(replace(CONFIG, alpha="zero"), net, corpus, tmp_path, teacher=teacher)
+    assert all(torch.equal(p, w[k]) for k, p in net.named_parameters())
+    assert {r["grad_norm"] for r in rows(tmp_path)} == {0.0}
+
+
+@pytest.mark.parametrize(
+    "change", [{"alpha": "one"}, {"alpha": "one", "feature_mse": 1.0}, {"objective": "features"}, {"alpha": "paper"}]
+)
+def test_the_loss_falls(teacher: LlavaTeacher, corpus: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    config = replace(CONFIG, steps=60, batch_size=16, checkpoint_every=60, lr=1e-2, **change)
+    pretrain(config, network(), corpus, tmp_path, teacher=teacher)
+    key = "feature_mse" if config.objective == "features" or config.feature_mse else "lm_loss"
+    last = [r[key] for r in rows(tmp_path)][-16:]
+    full_alpha = [r[key] for r in rows(tmp_path) if r["alpha"] == 1]
+    assert (
+        sum(last) / 16 < full_alpha[0]
+        if config.alpha == "one" or key == "feature_mse"
+        else all(map(math.isfinite, last))
+    )
+
+
+def test_first_loss_by_hand(teacher: LlavaTeacher, corpus: Path, tmp_path: Path) -> None:
+    """At alpha = 1 the first row is LLaVA's loss with the untrained network's tokens, plus the weighted error to CLIP's features."""
+    config = replace(CONFIG, alpha="one", feature_mse=3.0, batch_size=32, steps=1)  # the whole corpus in one batch
+    pretrain(config, network(), corpus, tmp_path, teacher=teacher, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    c = Corpus.open(corpus)
+    x = c.pixels()[[c.images.index(r.image) for r in c.records]]
+    student = (
+        network()
+        .train()
+        .tokens(
+            (x.float() / 255 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1))
+            / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1),
+            4,
+        )
+    )
+    samples = [
+        encode(teacher, [(r.turns[i].text, r.turns[i + 1].text) for i in range(0, len(r.turns), 2)], 512, "")
+        for r in c.records
+    ]
+    lm = lm_loss(teacher, *collate(samples, teacher.processor.tokenizer.pad_token_id), student, 1.0, None)
+    mse = (student - teacher.features(x)).square().mean()
+    (row,) = rows(tmp_path)
+    assert row["lm_loss"] == pytest.approx(float(lm.detach()), rel=1e-5)
+    assert row["loss"] == pytest.approx(float((lm + 3 * mse).detach()), rel=1e-5)
+
+
+def test_at_alpha_one_clip_is_never_run(teacher: LlavaTeacher, corpus: Path, tmp_path: Path) -> None:
+    calls: list[int] = []
+    handle = teacher.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        pretrain(replace(CONFIG, alpha="one"), network(), corpus, tmp_path / "one", teacher=teacher)
+        assert calls == []
+        pretrain(CONFIG, network(), corpus, tmp_path / "paper", teacher=teacher)
+        assert len(calls) == 1  # all sixteen pictures at once, kept
+    finally:
+        handle.remove()
+
+
+def test_without_room_for_features_the_result_is_the_same(
+    teacher: LlavaTeacher, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = pretrain(CONFIG, network(), corpus, tmp_path / "a", teacher=teacher)
+    monkeypatch.setattr(stage, "CACHE_LIMIT", 0)
+    computed = pretrain(CONFIG, network(), corpus, tmp_path / "b", teacher=teacher)
+    for k, v in kept.items():  # another batch through CLIP: rounding only
+        torch.testing.assert_close(computed[k], v, rtol=1e-3, atol=1e-4)
+
+
+def test_every_sample_comes_once_per_epoch_in_the_order_of_its_stream(
+    teacher: LlavaTeacher, corpus: Path, tmp_path: Path
+) -> None:
+    trainer = stage._Trainer(
+        CONFIG, network(), Corpus.open(corpus), teacher, tmp_path, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), {}
+    )
+    drawn = torch.cat([trainer._batch(s) for s in range(8)]).tolist()
+    assert sorted(drawn[:32]) == sorted(drawn[32:]) == list(range(32))
+    assert drawn[:32] != drawn[32:]
+    assert trainer._batch(5).tolist() == drawn[40:48]
+    assert (
+        stage._Trainer(
+            replace(CONFIG, epochs=2.0),
+            network(),
+            Corpus.open(corpus),
+            teacher,
+            tmp_path,
+            3,
+            (0.5,) * 3,
+            (0.5,) * 3,
+            {},
+        ).steps
+        == 8
+    )
+
+
+def test_a_fresh_adapter_is_handed_over_on_request(teacher: LlavaTeacher, corpus: Path, tmp_path: Path) -> None:
+    kept = pretrain(CONFIG, network(), corpus, tmp_path / "kept", teacher=teacher)
+    fresh = pretrain(replace(CONFIG, hand_over="backbone"), network(), corpus, tmp_path / "fresh", teacher=teacher)
+    assert torch.equal(fresh["adapter.weight"], network().adapter.weight)  # type: ignore[arg-type]
+    assert not torch.equal(kept["adapter.weight"], fresh["adapter.weight"])
+    assert torch.equal(kept["backbone.conv.weight"], fresh["backbone.conv.weight"])
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from mllm_fl.models.teacher.conversation import collate, encode
+from mllm_fl.models.teacher.llava import load_llava
+from mllm_fl.stages.pretrain import pretrain
+from tests.stages.test_pretrain import CONFIG, network
+left, real_sync, real_replace = 0, os.fsync, os.replace
+def point(*_):
+    global left
+    left -= 1
+    if left == 0: os.kill(os.getpid(), signal.SIGKILL)
+def sync(fd):
+    point(); real_sync(fd)
+def replace(a, b):
+    point(); real_replace(a, b); point()
+os.fsync, os.replace = sync, replace
+teacher = load_llava(sys.argv[1])
+for fatal in sys.argv[4:]:
+    left = int(fatal)
+    pid = os.fork()
+    if pid == 0:
+        pretrain(CONFIG, network(), Path(sys.argv[2]), Path(sys.argv[3], fatal), teacher=teacher, progress=point)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL, fatal
+"""
+
+
+def test_killed_anywhere_it_resumes_to_the_same_bytes(teacher: LlavaTeacher, corpus: Path, tmp_path: Path) -> None:
+    expected = digest(pretrain(CONFIG, network(), corpus, tmp_path / "whole", teacher=teacher))
+    points = [str(n) for n in (2, 5, 9, 24, 26)]  # in a step, in and after a save, before and after pretrain.json
+    command = [sys.executable, "-c", KILLED, teacher.name, str(corpus), str(tmp_path), *points]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
+    curve = (tmp_path / "whole/pretrain.jsonl").read_bytes()
+    for folder in (tmp_path / n for n in points):
+        assert (folder / "pretrain.json").exists() == (folder.name == "26")
+        steps: list[Event] = []
+        assert digest(pretrain(CONFIG, network(), corpus, folder, teacher=teacher, progress=steps.append)) == expected
+        assert len(steps) < 6 or int(folder.name) < 6  # it did not begin anew
+        assert digest(load_checkpoint(folder / "pretrained.safetensors")[0]) == expected
+        assert (folder / "pretrain.jsonl").read_bytes() == curve
+        left = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
+        assert left == ["pretrain.json", "pretrain.jsonl", "pretrained.safetensors"]
+
+
+def test_finished_weights_are_read_again_and_other_settings_refused(
+    teacher: LlavaTeacher, corpus: Path, tmp_path: Path
+) -> None:
+    first = pretrain(CONFIG, network(), corpus, tmp_path, teacher=teacher)
+    seen: list[Event] = []
+    assert digest(pretrain(CONFIG, network(), corpus, tmp_path, progress=seen.append)) == digest(first)
+    assert seen == []
+    with pytest.raises(UserError, match=r"made with other settings: config\.lr \(0\.002 -> 0\.1\); use another folder"):
+        pretrain(replace(CONFIG, lr=0.1), network(), corpus, tmp_path, teacher=teacher)
+    told = json.loads((tmp_path / "pretrain.json").read_text())
+    assert told["sample"]["predicted"].endswith("<eos>")
+    assert (told["steps"], told["samples"], told["images"]) == (6, 32, 16)
+    assert told["weights_sha256"] == digest(first)
+
+
+def test_a_folder_in_use_is_refused(teacher: LlavaTeacher, corpus: Path, tmp_path: Path) -> None:
+    with stage._alone(tmp_path), pytest.raises(UserError, match="another process is pretraining"):
+        pretrain(CONFIG, network(), corpus, tmp_path, teacher=teacher)
+
+
+def test_bad_input_is_one_line(teacher: LlavaTeacher, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no corpus here"):
+        pretrain(CONFIG, network(), tmp_path, tmp_path / "x", teacher=teacher)
+    with pytest.raises(
+        UserError, match=r"model\.adapter_dim: is 12, but the projector of .* takes 8 channels; set it to 8"
+    ):
+        pretrain(CONFIG, network(12), corpus, tmp_path / "x", teacher=teacher)
+    with pytest.raises(UserError, match=r"record 0-caption: nothing to predict: all 20 tokens are masked"):
+        pretrain(replace(CONFIG, max_tokens=20), network(), corpus, tmp_path / "y", teacher=teacher)
+    with pytest.raises(UserError, match=r"pretrain\.lr: the loss is nan in step"):
+        pretrain(replace(CONFIG, alpha="one"), network(), corpus, tmp_path / "z", teacher=teacher, std=(0.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"steps": 0}, r"pretrain\.steps: 0 is below 1"),
+        ({"lr": -1.0}, r"pretrain\.lr"),
+        ({"warmup": 2.0}, r"pretrain\.warmup"),
+        ({"alpha_until": 1.5}, r"pretrain\.alpha_until"),
+        ({"epochs": 0.0}, r"pretrain\.epochs"),
+        ({"grad_clip": 0.0}, r"pretrain\.grad_clip"),
+        ({"lm_samples": 4}, r"pretrain\.lm_samples"),
+    ],
+)
+def test_bad_values_are_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        replace(CONFIG, **change)
+
+
+def test_fewer_conversations_in_the_language_model_leave_the_features_whole(
+    teacher: LlavaTeacher, corpus: Path, tmp_path: Path
+) -> None:
+    base = replace(CONFIG, alpha="one", feature_mse=1.0, steps=1)
+    all_, few = (rows_of(replace(base, lm_samples=n), teacher, corpus, tmp_path / str(n)) for n in (None, 2))
+    assert all_["feature_mse"] == few["feature_mse"]
+    assert all_["lm_loss"] != few["lm_loss"]
+
+
+def rows_of(config: PretrainConfig, teacher: LlavaTeacher, corpus: Path, folder: Path) -> dict[str, Any]:
+    pretrain(config, network(), corpus, folder, teacher=teacher)
+    return rows(folder)[0]
