@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tiny_llava import save_tiny
 
 from mllm_fl.annotate.backends.base import Request
 from mllm_fl.annotate.backends.local import LocalBackend
 from mllm_fl.annotate.ledger import Entry
 from mllm_fl.errors import UserError
-from tests.tiny_llava import save_tiny
 
 
 @pytest.fixture(scope="module")

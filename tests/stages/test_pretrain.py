@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests import tiny_llava
 
 from mllm_fl.annotate.corpus import Corpus
 from mllm_fl.engines.checkpoint import load_checkpoint
@@ -24,7 +25,6 @@ from mllm_fl.models.teacher.llava import LlavaTeacher, load_llava
 from mllm_fl.stages import pretrain as stage
 from mllm_fl.stages.pretrain import PretrainConfig, alpha_at, lr_at, pretrain
 from mllm_fl.trees import digest
-from tests import tiny_llava
 
 CONFIG = PretrainConfig(steps=6, batch_size=8, checkpoint_every=2)
 
