@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.report.folders import run_folder
 
 from mllm_fl.errors import UserError
 from mllm_fl.report.reading import read
-from tests.report.folders import run_folder
 
 
 def test_seeds_of_an_arm_are_grouped_and_ordered(tmp_path: Path) -> None:

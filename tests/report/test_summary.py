@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.report.folders import run_folder
+
 from mllm_fl.report.html import Markup
 from mllm_fl.report.reading import Found, read
 from mllm_fl.report.summary import gain, lead, points, stages
 from mllm_fl.report.table import Value
-from tests.report.folders import run_folder
 
 ARMS = {"plain": (False, False), "pre": (True, False), "ali": (False, True), "both": (True, True)}
 SPACE = "\N{NO-BREAK SPACE}"
