@@ -59,12 +59,22 @@ def test_underscores_are_spaces(mini: ClipTeacher) -> None:
     assert torch.equal(mini.class_embeddings(["the_digit_one"]), mini.class_embeddings(["the digit one"]))
 
 
-def test_fingerprint_changes_with_prompts_and_weights(mini: ClipTeacher, tmp_path: Path) -> None:
-    copy = tmp_path / "clip"
-    shutil.copytree(BUNDLED / "mini-clip", copy)
-    (copy / "templates.txt").write_text("the {}\n")
-    assert load_clip(str(copy)).templates == ("the {}",)
-    assert load_clip(str(copy)).fingerprint != mini.fingerprint == load_clip("mini").fingerprint
+def test_fingerprint_changes_with_prompts_weights_and_preprocessing_only(mini: ClipTeacher, tmp_path: Path) -> None:
+    def changed(name: str, file: str | None, old: bytes = b"", new: bytes = b"") -> ClipTeacher:
+        folder = tmp_path / name
+        shutil.copytree(BUNDLED / "mini-clip", folder)
+        if file:
+            before = (folder / file).read_bytes()
+            (folder / file).write_bytes(before.replace(old, new) if old else before[:-1] + bytes([before[-1] ^ 1]))
+            assert (folder / file).read_bytes() != before
+        return load_clip(str(folder))
+
+    assert changed("copy", None).fingerprint == mini.fingerprint
+    prompts = changed("prompts", "templates.txt", b"the digit {}\na", b"the {}\na")
+    assert prompts.templates[1] == "the {}"
+    pixels = changed("pixels", "preprocessor_config.json", b"0.5", b"0.4")
+    weights = changed("weights", "model.safetensors")
+    assert len({t.fingerprint for t in (mini, prompts, pixels, weights)}) == 4
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:

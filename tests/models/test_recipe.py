@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from mllm_fl.data.glyphs import DIGITS, LETTERS, render_glyphs
+from mllm_fl.errors import UserError
 from mllm_fl.models.teacher import recipe
 from mllm_fl.models.teacher.clip import load_clip
 from mllm_fl.models.teacher.conversation import encode
@@ -26,7 +28,14 @@ def test_recipe_trains_and_its_files_load(tmp_path: Path) -> None:
     assert mine.keys() == theirs.keys() and all(
         torch.equal(mine[k], theirs[k]) for k in mine
     )  # the tower is mini-CLIP's
-    assert "seed 0" in (tmp_path / "TRAINING.log").read_text()
+    assert all("seed 0" in (tmp_path / f"TRAINING-{part}.log").read_text() for part in ("clip", "llava"))
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out .*/file/out: cannot be written .*; name another folder"):
+        recipe.main(["--out", str(tmp_path / "file" / "out")])
 
 
 def test_every_word_of_every_answer_is_in_the_vocabulary() -> None:

@@ -99,9 +99,7 @@ class ClipTeacher:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over weights, prompts and preprocessing: the key under which its logits may be cached."""
-        h = hashlib.sha256(
-            repr((self.name, self.templates, sorted(self.processor.to_dict().items(), key=str))).encode()
-        )
+        h = hashlib.sha256(repr((self.templates, sorted(self.processor.to_dict().items(), key=str))).encode())
         if self.weights is not None:
             h.update(self.weights.read_bytes())
         else:

@@ -8,7 +8,9 @@ and learns to answer the questions of :mod:`mllm_fl.models.teacher.questions`.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_fl.data.glyphs import DIGITS, LETTERS, Scene, render_glyphs
+from mllm_fl.errors import UserError
 from mllm_fl.models.bridge import bridge_torchvision
-from mllm_fl.models.teacher.clip import BUNDLED
+from mllm_fl.models.teacher.clip import BUNDLED, load_clip
 from mllm_fl.models.teacher.questions import QUESTIONS, ZERO_SHOT, answer, clip_caption
 from mllm_fl.models.teacher.words import make_tokenizer
 from mllm_fl.seeds import numpy_stream, seed_of, stream
@@ -195,8 +198,25 @@ def train_llava(clip: Any, processor: Any, count: int, steps: int, seed: int, lo
     return model.eval(), llava_processor
 
 
+def _save(parts: tuple[Any, ...], folder: Path, texts: dict[str, str]) -> None:
+    """All parts and texts into ``folder``, which is replaced whole once they are written."""
+    new = folder.with_name(folder.name + ".new")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        for part in parts:
+            part.save_pretrained(new)
+        for name, text in texts.items():
+            (new / name).write_text(text, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    except OSError as e:
+        shutil.rmtree(new, ignore_errors=True)
+        raise UserError(f"--out {folder.parent}", f"cannot be written ({e.strerror})", "name another folder") from e
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Train both, save them in Hugging Face's layout, keep the log beside them, then measure them for the card."""
+    """Train both on one thread (the sums' order, and so the weights, depend on it), save them, keep a log of each beside them."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--out", type=Path, default=BUNDLED)
     p.add_argument("--seed", type=int, default=0)
@@ -208,33 +228,43 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = p.parse_args(argv)
     bridge_torchvision()
-    torch.set_num_threads(2 if args.only is None else 1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
+    torch.set_num_threads(1)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out):
+            pass
+    except OSError as e:
+        raise UserError(f"--out {args.out}", f"cannot be written ({e.strerror})", "name another folder") from e
+    head = f"seed {args.seed}, {args.glyphs} glyphs, torch {torch.__version__}, threads {torch.get_num_threads()}"
+    logs: dict[str, list[str]] = {"clip": [head], "llava": [head]}
 
-    def log(line: str) -> None:
-        lines.append(line)
-        print(line, file=sys.stderr, flush=True)
+    def log_of(part: str) -> Log:
+        def log(line: str) -> None:
+            logs[part].append(line)
+            print(line, file=sys.stderr, flush=True)
 
-    log(f"seed {args.seed}, {args.glyphs} glyphs, torch {torch.__version__}, threads {torch.get_num_threads()}")
+        return log
+
+    def keep(part: str) -> None:
+        (args.out / f"TRAINING-{part}.log").write_text("\n".join(logs[part]) + "\n", encoding="utf-8")
+
     if args.only == "llava":
-        from mllm_fl.models.teacher.clip import load_clip
-
         saved = load_clip(str(args.out / "mini-clip"))
         clip, processor = saved.model, saved.processor
     else:
-        clip, processor, tokenizer = train_clip(args.glyphs, args.clip_steps, args.seed, log)
-        for part in (clip, processor, tokenizer):
-            part.save_pretrained(args.out / "mini-clip")
-        (args.out / "mini-clip" / "templates.txt").write_text("".join(f"{t}\n" for t in ZERO_SHOT), encoding="utf-8")
+        clip, processor, tokenizer = train_clip(args.glyphs, args.clip_steps, args.seed, log_of("clip"))
+        prompts = "".join(f"{t}\n" for t in ZERO_SHOT)
+        _save((clip, processor, tokenizer), args.out / "mini-clip", {"templates.txt": prompts})
+        keep("clip")
     if args.only != "clip":
-        llava, llava_processor = train_llava(clip, processor, args.glyphs // 2, args.llava_steps, args.seed, log)
-        llava.save_pretrained(args.out / "mini-llava")
-        llava_processor.save_pretrained(args.out / "mini-llava")
-    (args.out / f"TRAINING{'-' + args.only if args.only else ''}.log").write_text(
-        "\n".join(lines) + "\n", encoding="utf-8"
-    )
+        parts = train_llava(clip, processor, args.glyphs // 2, args.llava_steps, args.seed, log_of("llava"))
+        _save(parts, args.out / "mini-llava", {})
+        keep("llava")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)
