@@ -101,7 +101,10 @@ def test_arms_and_seeds_multiply_and_tables_switch_on_and_off(tmp_path: Path) ->
 
 
 def test_false_switches_any_optional_value_off() -> None:
-    raw = {"pretrain": {"feature_mse": 1.0, "lm_samples": 4}, "model": {"adapter": "linear"}}
+    raw: dict[str, dict[str, object]] = {
+        "pretrain": {"feature_mse": 1.0, "lm_samples": 4},
+        "model": {"adapter": "linear"},
+    }
     assert from_dict(raw, "x").pretrain.lm_samples == 4  # type: ignore[union-attr]
     raw["pretrain"]["lm_samples"] = False
     assert from_dict(raw, "x").pretrain.lm_samples is None  # type: ignore[union-attr]

@@ -27,6 +27,7 @@ from mllm_fl.report.summary import scores
 from mllm_fl.report.table import MISSING, Value, mean_sd
 
 PARTS = ("annotate", "pretrain", "clients", "server", "align", "evaluate", "total")
+FEDERATIONS = 6  # that are drawn
 TABLED = 1000  # cells of a who-holds-what table that is also written as text
 
 
@@ -40,8 +41,11 @@ def holdings(found: Found) -> Markup:
                 seen.setdefault(key, (run.federation, []))[1].append(arm.name)
     parts = [
         _federation(i, f, list(dict.fromkeys(arms)) if len(seen) > 1 else [], found.class_names)
-        for i, (f, arms) in enumerate(seen.values())
+        for i, (f, arms) in enumerate(list(seen.values())[:FEDERATIONS])
     ]
+    if len(seen) > FEDERATIONS:
+        rest = paragraph(f"{len(seen) - FEDERATIONS} more federations among the runs are not shown.", class_="note")
+        parts.append(rest)
     unknown = paragraph("– Not known: the runs hold no federation.json, and their data is not on this machine.")
     return section("holdings", "Who holds what", *(parts or [unknown]))
 

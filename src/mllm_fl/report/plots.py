@@ -12,6 +12,7 @@ import numpy as np
 from mllm_fl.report.html import Markup, tag
 from mllm_fl.report.svg import INK, LINE, SOFT, STRONG, TEXT, colour, dash, figure, inline, plot
 from mllm_fl.report.table import Value, mean_sd, plain
+from mllm_fl.report.table import columns as columns_of
 
 WIDTH = 400.0  # px: drawn as wide as a telephone's page, so that nothing shrinks there
 ACCENT = (0x2B / 255, 0x6C / 255, 0xB0 / 255)  # of matrices; opacity carries the value, so it does for light and dark
@@ -106,8 +107,9 @@ def matrix(
         shade = np.log1p(table) / max(math.log1p(float(table.max(initial=0))), 1e-9)
     side = min(WIDTH, 300.0 if len(columns) <= NUMBERED else 340.0)
     row = max(17.0, 24.0 if share else 17.0) if len(rows) <= 40 else max(2.0, 480 / len(rows))
-    drawn = figure(side, max(120.0, min(row * len(rows), side if share else 1000.0) + 40))
-    axes = plot(drawn)
+    left, bottom = 24 + _room(rows, turned=False), 24 + _room(columns, turned=True)
+    drawn = figure(side, max(80.0, min(row * len(rows), side if share else 1000.0)) + bottom + 8)
+    axes = plot(drawn, left, bottom)
     picture = np.empty((*table.shape, 4))
     picture[..., :3] = ACCENT
     picture[..., 3] = np.clip(shade, 0, 1)
@@ -130,13 +132,26 @@ def matrix(
 
 def _names(axis: Any, names: Sequence[str], *, turned: bool) -> None:
     """Names at their rows or columns, or numbers here and there where there are many."""
-    if len(names) > 2 * NAMED or (turned and len(names) > NAMED):
+    short = _short(names, turned)
+    if not short:
         axis.get_major_locator().set_params(integer=True)
         return
-    short = [n if len(n) <= 10 else n[:9] + "…" for n in map(plain, names)]
-    turn = turned and max(map(len, short)) > 2
+    turn = turned and max(map(columns_of, short)) > 2
     axis.set_ticks(range(len(names)), short, rotation=90 if turn else 0)
     axis.set_tick_params(length=0)
+
+
+def _short(names: Sequence[str], turned: bool) -> list[str]:
+    """Names of at most ten letters; none where there are too many to be read."""
+    if len(names) > 2 * NAMED or (turned and len(names) > NAMED):
+        return []
+    return [n if columns_of(n) <= 10 else n[: 9 if n.isascii() else 5] + "…" for n in map(plain, names)]
+
+
+def _room(names: Sequence[str], turned: bool) -> float:
+    """Px that the names need beside the axis (6.3 a letter of DejaVu Sans, which is wide)."""
+    longest = max(map(columns_of, _short(names, turned)), default=3)
+    return 12.0 if turned and longest <= 3 else 6.3 * longest
 
 
 def legend(names: Sequence[tuple[int, str]], *, dashes: bool = True) -> Markup:

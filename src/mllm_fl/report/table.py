@@ -169,7 +169,7 @@ def to_text(rows: Sequence[Row], width: int = 80) -> str:
     sizes = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     room = width - sum(sizes) - len(sizes)
     names = [plain(r.arm) for r in rows]
-    longest = max([3, *map(_columns, names)])
+    longest = max([3, *map(columns, names)])
     apart = longest > room
     label = max(3, min(room, longest)) if not apart else max(0, min(room, 3))
     lines = [_pad("arm"[:label], label) + _cells(head, sizes)]
@@ -190,18 +190,19 @@ def _wrapped(lines: Sequence[str], width: int) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, width)]
 
 
-def _columns(text: str) -> int:
+def columns(text: str) -> int:
+    """How many columns of a terminal the text takes: two for wide letters, none for combining marks."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _pad(text: str, width: int) -> str:
-    return text + " " * max(0, width - _columns(text))
+    return text + " " * max(0, width - columns(text))
 
 
 def _clip(text: str, width: int) -> str:
-    if _columns(text) <= width:
+    if columns(text) <= width:
         return text
-    while _columns(text) >= width:
+    while columns(text) >= width:
         text = text[:-1]
     return text + "…"
 
