@@ -115,6 +115,14 @@ def test_who_holds_what_is_written_as_numbers_too(tmp_path: Path) -> None:
     assert re.search(r"client 1</th>(<td[^>]*>[011]</td>){3}<td[^>]*>2</td>", text)
 
 
+def test_of_many_federations_a_few_are_drawn_and_the_rest_is_said(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path, seed=s) for s in range(8)]
+    for seed, folder in enumerate(folders):
+        (folder / "federation.json").write_text(json.dumps({"clients": [{"histogram": [1, 1, seed]}]}))
+    text = context.holdings(read(folders))
+    assert text.count("<svg") == 6 and "2 more federations among the runs are not shown" in text
+
+
 def test_rejected_updates_and_interruptions_are_listed(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     bad = {"round": 2, "client": 1, "status": "rejected", "reason": "backbone.w has NaN <i>", "bytes_up": 1}
