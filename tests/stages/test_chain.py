@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from mllm_fl.config import Config, from_dict
 from mllm_fl.data.images import ImageSet
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event
 from mllm_fl.stages import chain
+from mllm_fl.trees import digest
 
 RAW: dict[str, Any] = {
     "experiment": "small",
@@ -63,6 +65,14 @@ def test_pretraining_changes_backbone_and_adapter_but_not_the_classifier(root: P
     assert not torch.equal(w["backbone.conv.weight"], fresh["backbone.conv.weight"])
     assert not torch.equal(w["adapter.weight"], fresh["adapter.weight"])
     assert torch.equal(w["classifier.weight"], fresh["classifier.weight"])
+
+
+def test_two_runs_may_take_finished_weights_at_once(root: Path) -> None:
+    c = config()
+    first = chain.pretrain_stage(c, root)
+    with FileLock(str(chain.pretrain_path(c, root) / ".lock")):  # as if another arm were reading just now
+        again = chain.pretrain_stage(c, root)
+    assert digest(again) == digest(first)
 
 
 def test_a_finished_run_is_not_run_again(root: Path) -> None:

@@ -135,6 +135,7 @@ def annotate(
         if (folder / "records.json").exists() and not retry:
             return Corpus.open(folder)
     prompts = prompts_for(config.kinds, _style(config))
+    progress(Event("annotate", 0, config.images * len(prompts), "preparing the open images"))
     _sweep(folder)
     pictures = _lay_out(config, folder)
     write_whole(begun, (json.dumps(resolved, indent=1) + "\n").encode())

@@ -146,17 +146,17 @@ def pretrain(
     """
     corpus = corpus if isinstance(corpus, Corpus) else Corpus.open(corpus)
     folder.mkdir(parents=True, exist_ok=True)
+    what = {
+        "config": {k: v for k, v in to_dict(config).items() if k != "checkpoint_every"}, "seed": seed, "mean": list(mean), "std": list(std),
+        "corpus": sha256_of([r.to_json() for r in corpus.records]), "network": digest(network.state_dict()),
+    }  # fmt: skip
+    like = clone(network.state_dict())
+    done = folder / "pretrain.json"
+    if done.exists():  # finished: several runs may read it at a time, so no lock
+        _same(done, what, read_json(done)["what"])
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        return fit(load_checkpoint(folder / "pretrained.safetensors")[0], like, folder / "pretrained.safetensors")
     with _alone(folder):
-        what = {
-            "config": {k: v for k, v in to_dict(config).items() if k != "checkpoint_every"}, "seed": seed, "mean": list(mean), "std": list(std),
-            "corpus": sha256_of([r.to_json() for r in corpus.records]), "network": digest(network.state_dict()),
-        }  # fmt: skip
-        like = clone(network.state_dict())
-        done = folder / "pretrain.json"
-        if done.exists():
-            _same(done, what, read_json(done)["what"])
-            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-            return fit(load_checkpoint(folder / "pretrained.safetensors")[0], like, folder / "pretrained.safetensors")
         width = network.feature_dim
         teacher = teacher or load_llava(config.teacher, width)
         if width != teacher.width:
