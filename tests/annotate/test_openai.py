@@ -33,6 +33,9 @@ class Server(ThreadingHTTPServer):
         self.seen: list[dict[str, Any]] = []
         self.inside, self.most, self.lock = 0, 0, threading.Lock()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hung up, as it does when another request was refused for good, is no news."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"

@@ -289,3 +289,16 @@ def test_fewer_conversations_in_the_language_model_leave_the_features_whole(
 def rows_of(config: PretrainConfig, teacher: LlavaTeacher, corpus: Path, folder: Path) -> dict[str, Any]:
     pretrain(config, network(), corpus, folder, teacher=teacher)
     return rows(folder)[0]
+
+
+def test_an_unfinished_folder_is_not_continued_with_other_settings(
+    teacher: LlavaTeacher, corpus: Path, tmp_path: Path
+) -> None:
+    def stop(event: Event) -> None:
+        if event.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(CONFIG, network(), corpus, tmp_path, teacher=teacher, progress=stop)
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors: was made with other settings: seed \(0 -> 1\)"):
+        pretrain(CONFIG, network(), corpus, tmp_path, teacher=teacher, seed=1)
