@@ -159,10 +159,11 @@ def make_aligner(
     if q.shape != (len(images), classes):
         raise UserError("teacher", f"zero-shot logits have shape {tuple(q.shape)}, expected {(len(images), classes)}")
     accuracy = float((q.argmax(1) == y).double().mean())
-    if accuracy < refuse_below / classes:
+    floor = min(refuse_below / classes, (1 + 1 / classes) / 2)  # with two classes twice chance would be perfection
+    if accuracy < floor:
         raise UserError(
             "teacher",
-            f"zero-shot accuracy on the alignment images is {accuracy:.1%}, below {refuse_below:g} x chance ({refuse_below / classes:.1%})",
+            f"zero-shot accuracy on the alignment images is {accuracy:.1%}, below {refuse_below:g} x chance ({floor:.1%})",
             "check the class names, the prompts and the teacher; beta = 0 aligns without it",
         )
     return Aligner(config, images.normalised(every), y, q.float())

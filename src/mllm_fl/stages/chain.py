@@ -38,7 +38,7 @@ from mllm_fl.stages.annotate import annotate
 from mllm_fl.stages.federate import federate, outcome
 from mllm_fl.stages.pretrain import pretrain
 from mllm_fl.toml import to_dict
-from mllm_fl.trees import Tree, clone
+from mllm_fl.trees import Tree, clone, digest
 
 
 def run_path(config: Config, root: Path) -> Path:
@@ -66,6 +66,7 @@ def annotate_stage(config: Config, root: Path, progress: Progress = silent) -> P
     """Stage 1a: make (or find) the corpus; returns its folder."""
     if config.annotate is None:
         raise UserError("annotate", "no [annotate] table", "add [annotate], or leave [pretrain] out")
+    torch.set_num_threads(1)  # the same bytes whichever verb makes them
     path = corpus_path(config, root)
     annotate(config.annotate, path, progress)
     return path
@@ -229,7 +230,8 @@ def align_finished(config: Config, root: Path, progress: Progress = silent) -> d
         task = Task(network, federation.class_names, tuple(map(len, federation.clients)), config.seed)
         aligner, images = aligner_of(config, federation)
         assert aligner is not None and images is not None
-        _check_leaks(config, {"align/test": leaks(images, federation.test)})
+        found = {"align/test": leaks(images, federation.test)}
+        _check_leaks(config, found)
         aligned, loss = aligner(task, w, config.federate.rounds)
         progress(Event("align", 1, 1, f"loss {loss:.3f}"))
         scores = evaluate(task, aligned, federation.test)
@@ -237,6 +239,8 @@ def align_finished(config: Config, root: Path, progress: Progress = silent) -> d
         final = folder.final
         assert final is not None
         final |= {
+            "weights_sha256": digest(aligned), "accuracy_before_align": final["last"]["accuracy"],
+            "stages": final["stages"] | {"align": True}, "leaks": final["leaks"] | found,
             "arm": f"{config.name}, aligned once", "before_align": final["last"], "mean_last": None, "max": None, "ema": None,
             "last": scores.scores(groups(federation.class_counts)) | {"confusion": scores.counts.tolist()},
             "align": {"source": images.name, "images": len(images), **to_dict(config.align)},
