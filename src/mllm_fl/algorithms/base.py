@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,8 @@ class Shard:
     round: int
     images: ImageSet
     seed: int
+    teacher: Tensor | None = None
+    """The frozen teacher's zero-shot logits on these images, un-augmented: float32 (n_k, C); None unless the method needs them."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -96,27 +98,41 @@ class Task:
     """What is learned, and what the server owns beside it. Frozen; the same object in every engine.
 
     ``net`` is structure only: weights always come in as a Tree of all parameters and buffers.
-    ``population``: images of each client. ``unlabelled`` (n, 3, h, w), ``labelled`` ((n, 3, h, w), (n,)): public
-    server images, normalised; None when the federation has none.
+    ``population``: images of each client. ``unlabelled``, ``labelled`` (class-balanced): public server images, never a
+    test image; None unless the method needs them. ``texts`` (C, d): the teacher's unit text embeddings of the class names.
+    ``precision`` "bf16" runs forward and backward passes under autocast; weights, their sums and all losses stay float32.
+    ``channels_last``: how images lie in memory during a pass; results agree up to rounding.
     """
 
     net: nn.Module
     class_names: tuple[str, ...]
     population: tuple[int, ...]
     seed: int
-    unlabelled: Tensor | None = None
-    labelled: tuple[Tensor, Tensor] | None = None
+    unlabelled: ImageSet | None = None
+    labelled: ImageSet | None = None
+    texts: Tensor | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
 
     @property
     def trainable(self) -> tuple[str, ...]:
         """Names of the parameters; the other leaves of a weight Tree are buffers."""
         return tuple(k for k, _ in self.net.named_parameters())
 
+    @property
+    def head(self) -> tuple[str, str]:
+        """Names of the classifier's weight (C, d) and bias (C,), the last two parameters of the network."""
+        weight, bias = self.trainable[-2:]
+        return weight, bias
+
     def forward(self, w: Tree, x: Tensor, *, train: bool = True) -> tuple[Tensor, Tensor]:
         """(feature (n, d), logits (n, C)) of images (n, 3, h, w) under weights ``w``; training mode moves BN buffers in ``w``."""
         self.net.train(train)
-        out: tuple[Tensor, Tensor] = torch.func.functional_call(self.net, w, (x,))
-        return out
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            out: tuple[Tensor, Tensor] = torch.func.functional_call(self.net, w, (x,))
+        return (out[0].float(), out[1].float()) if self.precision == "bf16" else out
 
     def stream(self, purpose: str, *keys: int | str) -> torch.Generator:
         """The server's stream (run, purpose, keys...)."""
@@ -128,13 +144,24 @@ class Algorithm:
     """FedAvg, and the base of every other method: override the hooks that differ, declare the rest.
 
     ``neutral``: field values under which the method must equal FedAvg bit for bit. ``uploads`` / ``downloads``: what
-    travels beyond weights, in words. ``needs``: server or client resources beyond the client's own images.
+    travels beyond weights, in words; ``upload_bytes`` / ``download_bytes`` say it in numbers. ``needs``: what must be at
+    hand beyond the client's own images, any of "unlabelled", "labelled" (server images), "teacher" (its logits at each
+    client), "texts" (its text embeddings at the server). ``concludes``: after the last round all clients are surveyed once.
     """
 
     neutral: ClassVar[dict[str, Any]] = {}
     uploads: ClassVar[str] = "nothing"
     downloads: ClassVar[str] = "nothing"
     needs: ClassVar[tuple[str, ...]] = ()
+    concludes: ClassVar[bool] = False
+
+    def upload_bytes(self, task: Task, present: int) -> int:
+        """Bytes that one client with images of ``present`` classes sends in a round beyond weights; the suite counts them."""
+        return 0
+
+    def download_bytes(self, task: Task) -> int:
+        """Bytes that one client receives in a round beyond weights, once the server has all it needs; the suite counts them."""
+        return 0
 
     def init(self, task: Task, w: Tree) -> Server:
         """The state before the first round."""
@@ -145,7 +172,11 @@ class Algorithm:
         return Broadcast(s.w, {})
 
     def begin(self, task: Task, msg: Broadcast, mine: Tree, shard: Shard) -> Tree:
-        """The client's memory as this round uses it, before local training; ``mine`` is {} on the first visit."""
+        """The client's memory as this round uses it, before local training; ``mine`` is {} on the first visit.
+
+        Leaves named ``each/...`` have one row per image: ``objective`` finds there the rows of its batch, and they are
+        gone before ``finish`` (they are recomputed or re-read at the next visit, never remembered or sent).
+        """
         return mine
 
     def objective(self, task: Task, w: Tree, msg: Broadcast, mine: Tree, x: Tensor, y: Tensor) -> Tensor:
@@ -153,7 +184,7 @@ class Algorithm:
         return cross_entropy(task.forward(w, x)[1], y)
 
     def correct(self, grads: Tree, msg: Broadcast, mine: Tree) -> Tree:
-        """The gradient that the local optimiser sees, over the trainable leaves."""
+        """The gradient that the local optimiser sees, over the trainable leaves that the objective reaches."""
         return grads
 
     def finish(self, task: Task, local: Local, msg: Broadcast, mine: Tree) -> tuple[Update, Tree]:
@@ -163,6 +194,14 @@ class Algorithm:
     def server(self, task: Task, s: Server, updates: Iterable[Update]) -> Server:
         """The next state; ``updates`` come once, in client order, all valid, at least one."""
         return replace(s, w=weighted_mean((u.weight, u.w) for u in updates))
+
+    def survey(self, task: Task, msg: Broadcast, shard: Shard) -> Tree:
+        """After the last round, if the method ``concludes``: what one client answers about the final model."""
+        return {}
+
+    def conclude(self, task: Task, s: Server, answers: Iterable[tuple[int, Tree]]) -> Server:
+        """The state after the survey; ``answers`` are (client, answer), once, in client order."""
+        return s
 
     def deploy(self, task: Task, s: Server) -> Tree:
         """The weights that are evaluated and shipped; may differ from what is broadcast."""

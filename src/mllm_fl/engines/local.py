@@ -14,6 +14,7 @@ from mllm_fl.errors import UserError
 from mllm_fl.trees import Tree, clone, prefixed, under
 
 _BN = "batch_norm/"  # where the client's own running statistics lie in its memory
+_EACH = "each/"  # leaves of `begin` with one row per image
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def train_client(
     mine = {k: v for k, v in mine.items() if not k.startswith(_BN)}
     _begin_batch_norm(w, kept, batch_norm)
     mine = algorithm.begin(task, msg, mine, shard)
+    each = {k: v for k, v in mine.items() if k.startswith(_EACH)}
+    mine = {k: v for k, v in mine.items() if k not in each}
     for k in trainable:
         w[k].requires_grad_(True)
     params = [w[k] for k in trainable]
@@ -84,11 +87,12 @@ def train_client(
         order = torch.randperm(len(shard), generator=shuffle)
         for batch in torch.split(order, config.batch_size):
             x = x_all[batch] if x_all is not None else shard.x(batch.tolist())
-            loss = algorithm.objective(task, w, msg, mine, augmented(x, config, draws), y_all[batch])
-            grads = dict(zip(trainable, torch.autograd.grad(loss, params, allow_unused=True), strict=True))
-            grads = {k: torch.zeros_like(w[k]) if g is None else g for k, g in grads.items()}
-            for k, g in algorithm.correct(grads, msg, mine).items():
-                w[k].grad = g
+            rows = mine | {k: v[batch] for k, v in each.items()} if each else mine
+            loss = algorithm.objective(task, w, msg, rows, augmented(x, config, draws), y_all[batch])
+            found = zip(trainable, torch.autograd.grad(loss, params, allow_unused=True), strict=True)
+            grads = algorithm.correct({k: g for k, g in found if g is not None}, msg, mine)
+            for k in trainable:
+                w[k].grad = grads.get(k)  # a parameter that the loss does not reach is left alone, as torch's SGD does
             optimiser.step()
             loss_sum += float(loss.detach())
             steps += 1
