@@ -28,7 +28,7 @@ OWNERS = {
     "tyro": ("overrides.py",),
 }
 """Every other package, and the only files or folders that may import it."""
-PRINTERS = ("cli.py", "console.py", "models/teacher/")
+PRINTERS = ("cli.py", "commands/", "console.py", "models/teacher/")
 """What a person starts; everything else yields events (the teachers' recipe is a program)."""
 DRAWS = {"bernoulli", "multinomial", "normal", "rand", "randint", "randn", "randperm"}
 DRAWS_IN_PLACE = {"bernoulli_", "exponential_", "normal_", "random_", "uniform_"}

@@ -26,7 +26,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("engines",), 3),
     **dict.fromkeys(("stages", "config", "runs", "results"), 4),
     **dict.fromkeys(("report", "jobs", "console", "overrides"), 5),
-    **dict.fromkeys(("cli",), 6),
+    **dict.fromkeys(("cli", "commands"), 6),
 }
 EXCEPTIONS = {("runs", "environment", "transformers")}  # (module, function, library): it reads a version
 ROOMS: dict[str, tuple[str, ...]] = {  # library -> the only modules (or packages) that may import it

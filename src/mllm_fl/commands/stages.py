@@ -1,0 +1,101 @@
+"""``run``, ``annotate``, ``pretrain``, ``federate``, ``align``: the stages of a configuration."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mllm_fl.errors import UserError
+
+if TYPE_CHECKING:
+    from mllm_fl.config import Config, Plan
+
+STAGES = {
+    "run": "all stages of a configuration, every arm and seed; resumes what was interrupted",
+    "annotate": "stage 1a alone: a multimodal LLM annotates open images",
+    "pretrain": "stage 1b alone: dynamic weighted pretraining of the compact model",
+    "federate": "stage 2 alone: the rounds, without alignment",
+    "align": "stage 3 alone: align the model of a finished `federate`",
+}
+
+
+def add(verbs: Any) -> None:
+    """One verb a stage; any value of the configuration is overridden by --table.key VALUE."""
+    for verb, text in STAGES.items():
+        p = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
+        p.add_argument("config", type=Path, help="a TOML file, see experiments/")
+        p.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go (default: ./runs)")
+        p.add_argument("--arm", action="append", help="only this arm (may be repeated)")
+        p.add_argument("--seed", type=int, action="append", help="this seed instead of the file's (may be repeated)")
+        p.add_argument("--jobs", type=int, default=1, help="runs at a time, each in its own process (default 1)")
+        p.add_argument("--json-progress", action="store_true", help=argparse.SUPPRESS)
+        p.epilog = (
+            "Any value of the configuration: --federate.rounds 3, --data.alpha 0.1, ... (`--help-config` lists them)"
+        )
+        p.set_defaults(call=stage, overrides=True)
+
+
+def stage(args: argparse.Namespace, rest: list[str]) -> int:
+    """Run one stage for every arm and seed asked for; ``rest`` holds the overrides."""
+    from mllm_fl.config import load
+
+    if args.jobs < 1:
+        raise UserError("--jobs", f"{args.jobs} is below 1")
+    plan = load(args.config)
+    configs = [c for c in plan.runs if not args.arm or c.name in args.arm]
+    if args.seed:
+        configs = list(dict.fromkeys(dataclasses.replace(c, seed=s) for s in args.seed for c in configs))
+    missing = sorted(set(args.arm or []) - {c.name for c in plan.runs})
+    if missing:
+        raise UserError("--arm", f"{missing[0]!r} is not an arm of {args.config}", f"arms: {', '.join(plan.arms)}")
+    if rest:
+        from mllm_fl.overrides import override
+
+        configs = [override(c, rest) for c in configs]
+    from mllm_fl.console import Screen
+
+    command = "mllm-fl " + " ".join(sys.argv[1:]) if sys.argv else "mllm-fl"
+    with Screen(json_lines=args.json_progress) as screen:
+        if args.verb == "run" and args.jobs > 1 and len(configs) > 1:
+            from mllm_fl.jobs import run_jobs
+
+            finals = run_jobs(args.config, configs, args.runs, rest, args.jobs, screen)
+        else:
+            finals = [_one(args.verb, c, args.runs, screen, command) for c in configs]
+    if not args.json_progress:
+        _show(args, plan, [f for f in finals if f is not None])
+    return 0
+
+
+def _one(verb: str, config: Config, root: Path, screen: Any, command: str) -> dict[str, Any] | None:
+    from mllm_fl.stages import chain
+
+    progress = screen.progress(f"{config.name} seed {config.seed}")
+    if verb == "annotate":
+        screen.say(f"corpus: {chain.annotate_stage(config, root, progress)}")
+        return None
+    if verb == "pretrain":
+        if config.pretrain is None:
+            raise UserError(
+                "pretrain", "the configuration has no [pretrain] table", "add it, or an arm that has it: --arm NAME"
+            )
+        chain.pretrain_stage(config, root, progress)
+        screen.say(f"pretrained weights: {chain.pretrain_path(config, root)}")
+        return None
+    if verb == "federate":
+        config = dataclasses.replace(config, align=None)
+    if verb == "align":
+        return chain.align_finished(config, root, progress)
+    final = chain.run(config, root, progress=progress, command=command)
+    screen.say(f"run: {chain.run_path(config, root)}")
+    return final
+
+
+def _show(args: argparse.Namespace, plan: Plan, finals: list[dict[str, Any]]) -> None:
+    if finals and args.verb in ("run", "federate", "align"):
+        from mllm_fl.report.table import compare, to_text
+
+        print(to_text(compare(finals)))
