@@ -25,6 +25,8 @@ LOCAL = LocalConfig(epochs=2, batch_size=8, lr=0.05, augment="crop")
 ROWS: dict[str, dict[str, Any]] = {  # name -> fields under which the method must differ from FedAvg on the toy
     "fedavg": {},
     "fedprox": {"mu": 0.5},
+    **{k: {} for k in ("fedavgm", "fednova", "feddf", "fedbe", "ccvr", "fedfocal", "ratioloss", "taunorm", "scaffold")},
+    **{k: {} for k in ("logitadjust", "balancedsoftmax", "fedyoyo")},
 }
 METHOD = pytest.mark.parametrize("name", sorted(METHODS))
 
@@ -35,7 +37,12 @@ def play(
     """A few rounds by hand, without engine or run folder; ``arrival``: the order in which clients are trained."""
     fed = toy.federation()
     net_task, w = toy.task(fed)
-    task = dataclasses.replace(net_task, population=tuple(map(len, shards)))
+    task = dataclasses.replace(
+        net_task,
+        population=tuple(map(len, shards)),
+        unlabelled=toy.images(20, seed=5),
+        labelled=toy.images(4, seed=6),
+    )
     state, memory = method.init(task, w), {}  # type: ignore[var-annotated]
     for t in range(1, rounds + 1):
         msg = method.broadcast(state)

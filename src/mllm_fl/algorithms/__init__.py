@@ -12,7 +12,19 @@ from mllm_fl.errors import UserError
 
 METHODS = {
     "fedavg": "mllm_fl.algorithms.base:FedAvg",
+    "fedavgm": "mllm_fl.algorithms.fedavgm:FedAvgM",
     "fedprox": "mllm_fl.algorithms.fedprox:FedProx",
+    "fednova": "mllm_fl.algorithms.fednova:FedNova",
+    "feddf": "mllm_fl.algorithms.feddf:FedDF",
+    "fedbe": "mllm_fl.algorithms.fedbe:FedBE",
+    "ccvr": "mllm_fl.algorithms.ccvr:CCVR",
+    "fedfocal": "mllm_fl.algorithms.fedfocal:FedFocal",
+    "ratioloss": "mllm_fl.algorithms.ratioloss:RatioLoss",
+    "taunorm": "mllm_fl.algorithms.taunorm:TauNorm",
+    "scaffold": "mllm_fl.algorithms.scaffold:Scaffold",
+    "logitadjust": "mllm_fl.algorithms.logitadjust:LogitAdjust",
+    "balancedsoftmax": "mllm_fl.algorithms.balancedsoftmax:BalancedSoftmax",
+    "fedyoyo": "mllm_fl.algorithms.fedyoyo:FedYoYo",
 }
 
 

@@ -84,13 +84,15 @@ class Shard:
 
 
 class Local(NamedTuple):
-    """What local training left behind: the weights, the steps taken, their mean loss, and the data for a last look."""
+    """What local training left behind: the weights, the steps taken, their mean loss, the data for a last look, and how it stepped."""
 
     client: int
     w: Tree
     steps: int
     loss: float
     shard: Shard
+    lr: float = 0.1
+    momentum: float = 0.0
 
 
 @dataclass(frozen=True)

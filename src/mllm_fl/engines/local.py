@@ -98,7 +98,7 @@ def train_client(
             steps += 1
     w = {k: v.detach() for k, v in w.items()}
     update, remembered = algorithm.finish(
-        task, Local(shard.client, w, steps, loss_sum / max(steps, 1), shard), msg, mine
+        task, Local(shard.client, w, steps, loss_sum / max(steps, 1), shard, config.lr, config.momentum), msg, mine
     )
     if batch_norm == "local":
         buffers = {k: v.clone() for k, v in w.items() if k not in set(trainable)}

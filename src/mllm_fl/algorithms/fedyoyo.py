@@ -1,0 +1,118 @@
+"""FedYoYo.
+
+Yan, Li, Wu, Pang, Lu, Yan, Wang: You Are Your Own Best Teacher: Achieving Centralized-level Performance in Federated Learning under
+Heterogeneous and Long-tailed Data, 2025 (ICCV), arXiv:2503.06916: augmented self-bootstrap distillation and distribution-aware logit adjustment.
+
+    z = logits + tau log p,   p = (1 - gamma) p_global + gamma p_client,   on a weak and a strong view of every image, in one batch
+    loss = CE(z, y) over both views + strength min(t / warmup, 1) KL( softmax(z_weak / T) || softmax(z_strong / T) )
+    the KL runs over the images whose weak view is classified rightly, its target gets no gradient, no T**2
+    p_global ~ sum_k e_k, e_k the data-effective numbers of client k's features (``statistics.effective_numbers``), smoothed 0.9 / 0.1
+
+Chosen among methods after the paper for its evidence: 83.9 on CIFAR-10-LT at imbalance 50 with this network, far above the paper's 76.11, without CLIP or server data.
+What we change: their strong view is AutoAugment and Cutout on PIL images, ours is ``data.strong`` on tensors, drawn once a round and image (the weak
+crop and flip before it is new every step); clients compute e_k before training and send it with their update, so that p_global is one round old (theirs asks the
+online clients twice a round); before the server knows anything p_global is uniform; their code repeats the blend with gamma at every step, so that p ends
+at p_client within some 30 steps, the paper blends once, so do we. Theirs runs 300 rounds with warmup 50; take a sixth of yours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Shard, Task, Update
+from mllm_fl.data.strong import DRAWS, strong_view
+from mllm_fl.errors import UserError
+from mllm_fl.losses import logit_adjusted
+from mllm_fl.statistics import effective_numbers
+from mllm_fl.trees import Tree
+
+
+@dataclass(frozen=True)
+class FedYoYo(Algorithm):
+    """``tau``, ``temperature`` 1.5, ``gamma`` 0.1, ``strength`` 4 and ``warmup`` 50 rounds as in the released script; ``strong``: two views or one."""
+
+    tau: float = 1.5
+    gamma: float = 0.1
+    strength: float = 4.0
+    temperature: float = 1.5
+    warmup: int = 50
+    strong: bool = True
+    neutral: ClassVar[dict[str, Any]] = {"tau": 0.0, "strong": False}
+    uploads: ClassVar[str] = "data-effective numbers, one a class"
+    downloads: ClassVar[str] = "the global prior, one number a class"
+
+    def __post_init__(self) -> None:
+        for name in ("tau", "strength"):
+            if not 0 <= getattr(self, name) <= 100:
+                raise UserError(f"federate.method.{name}", f"{getattr(self, name)} is not in 0 .. 100")
+        if not 0 <= self.gamma <= 1:
+            raise UserError("federate.method.gamma", f"{self.gamma} is not in 0 .. 1", "0.1 is the script's")
+        if not self.temperature > 0:
+            raise UserError("federate.method.temperature", f"{self.temperature} is not positive")
+        if self.warmup < 1:
+            raise UserError("federate.method.warmup", f"{self.warmup} is below 1 round")
+
+    def upload_bytes(self, task: Task, present: int) -> int:
+        return 4 * len(task.class_names)
+
+    def download_bytes(self, task: Task) -> int:
+        return 4 * len(task.class_names)
+
+    def init(self, task: Task, w: Tree) -> Server:
+        return Server(w=w, extra={"effective": torch.zeros(len(task.class_names))})
+
+    def broadcast(self, s: Server) -> Broadcast:
+        e = s.extra["effective"] if s.round else torch.ones_like(s.extra["effective"])
+        return Broadcast(s.w, {"prior": e / e.sum()})
+
+    def begin(self, task: Task, msg: Broadcast, mine: Tree, shard: Shard) -> Tree:
+        classes = len(task.class_names)
+        own = torch.bincount(shard.y, minlength=classes) / max(len(shard), 1)
+        order = torch.randperm(len(shard), generator=shard.stream("effective")).split(32)
+        with torch.no_grad():
+            parts = [
+                task.forward(msg.w, shard.x(b.tolist()), train=False)[0] for b in torch.arange(len(shard)).split(500)
+            ]
+        return {
+            "prior": (1 - self.gamma) * msg.extra["prior"] + self.gamma * own,
+            "effective": effective_numbers(torch.cat(parts), shard.y, classes, order),
+            "ramp": torch.tensor(min((shard.round - 1) / self.warmup, 1.0)),  # their first round is number 0
+            "each/draws": torch.rand(len(shard), DRAWS, generator=shard.stream("strong")),
+        }
+
+    def objective(self, task: Task, w: Tree, msg: Broadcast, mine: Tree, x: Tensor, y: Tensor) -> Tensor:
+        views = torch.cat([x, strong_view(x, mine["each/draws"])]) if self.strong else x
+        z = task.forward(w, views)[1]
+        loss = logit_adjusted(z, y.repeat(len(views) // len(x)), mine["prior"], self.tau)
+        if not self.strong:
+            return loss
+        z = z + self.tau * mine["prior"].clamp_min(1e-9).log()
+        weak, strong = z.chunk(2)
+        right = weak.argmax(1) == y
+        if not bool(right.any()):
+            return loss
+        target = F.softmax(weak[right].detach() / self.temperature, dim=1)
+        log_p = F.log_softmax(strong[right] / self.temperature, dim=1)
+        return loss + self.strength * mine["ramp"] * F.kl_div(log_p, target, reduction="batchmean")
+
+    def finish(self, task: Task, local: Local, msg: Broadcast, mine: Tree) -> tuple[Update, Tree]:
+        update, _ = super().finish(task, local, msg, mine)
+        return update._replace(extra={"effective": mine["effective"]}), {}
+
+    def server(self, task: Task, s: Server, updates: Iterable[Update]) -> Server:
+        fresh = torch.ones_like(s.extra["effective"])
+
+        def seen() -> Iterator[Update]:
+            for u in updates:
+                fresh.add_(u.extra["effective"])
+                yield u
+
+        state = super().server(task, s, seen())
+        sane = torch.where(fresh > 1e4, fresh[fresh <= 1e4].mean() if bool((fresh <= 1e4).any()) else fresh, fresh)
+        return replace(state, extra={"effective": 0.9 * s.extra["effective"] + 0.1 * fresh if s.round else sane})
