@@ -29,28 +29,26 @@ def unlabelled(task: Task, method: str) -> ImageSet:
     return task.unlabelled
 
 
-class Lessons:
+def lessons(
+    task: Task, images: ImageSet, teachers: Sequence[Tree], combine: Callable[[Tensor], Tensor],
+    steps: int, batch_size: int, generator: torch.Generator,
+) -> Callable[[int], tuple[Tensor, Tensor]]:  # fmt: skip
     """``steps`` batches of the server's images with the ensemble's targets on them.
 
-    ``combine`` turns the teachers' logits (m, n, C) into targets (n, C). Each image that a batch uses passes each teacher once,
-    in evaluation mode, un-augmented.
+    Returns a function of the step: images (b, 3, h, w), normalised, and targets (b, C). ``combine`` turns the teachers' logits (m, n, C)
+    into targets (n, C). Each image that a batch uses passes each teacher once, in evaluation mode, un-augmented.
     """
+    order = batches(len(images), batch_size, steps, generator)
+    used = torch.cat(order).unique()
+    rows = []
+    with torch.no_grad():
+        for part in used.split(500):
+            x = images.normalised(part.tolist())
+            rows.append(combine(torch.stack([task.forward(w, x, train=False)[1] for w in teachers])))
+    targets = torch.cat(rows)
 
-    def __init__(
-        self, task: Task, images: ImageSet, teachers: Sequence[Tree], combine: Callable[[Tensor], Tensor],
-        steps: int, batch_size: int, generator: torch.Generator,
-    ) -> None:  # fmt: skip
-        self.task, self.images = task, images
-        self.order = batches(len(images), batch_size, steps, generator)
-        self.used = torch.cat(self.order).unique() if steps else torch.zeros(0, dtype=torch.int64)
-        rows = []
-        with torch.no_grad():
-            for part in self.used.split(500):
-                x = images.normalised(part.tolist())
-                rows.append(combine(torch.stack([task.forward(w, x, train=False)[1] for w in teachers])))
-        self.targets = torch.cat(rows) if rows else torch.zeros(0, len(task.class_names))
+    def lesson(step: int) -> tuple[Tensor, Tensor]:
+        batch = order[step]
+        return images.normalised(batch.tolist()), targets[torch.searchsorted(used, batch)]
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (b, 3, h, w), normalised, and targets (b, C) of one step."""
-        batch = self.order[step]
-        return self.images.normalised(batch.tolist()), self.targets[torch.searchsorted(self.used, batch)]
+    return lesson

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mllm_fl.algorithms.base import Algorithm, Server, Task, Update
-from mllm_fl.algorithms.distilling import Lessons, unlabelled
+from mllm_fl.algorithms.distilling import lessons, unlabelled
 from mllm_fl.descent import descend
 from mllm_fl.errors import UserError
 from mllm_fl.losses import ensemble_kl, sharpened
@@ -83,7 +83,7 @@ class FedBE(Algorithm):
             return state
         models, draws = [u.w for u in received], task.stream("posterior", s.round + 1)
         samples = [state.w | sampled(s.w, models, task.trainable, self.variance, draws) for _ in range(self.samples)]
-        lessons = Lessons(
+        lesson = lessons(
             task, unlabelled(task, "FedBE"), [state.w, *samples, *models],
             lambda z: sharpened(z.softmax(-1).mean(0), self.sharpen),
             self.steps, self.batch_size, task.stream("distil", s.round + 1),
@@ -91,7 +91,7 @@ class FedBE(Algorithm):
         late: list[Tree] = []
 
         def loss(w: Tree, step: int) -> Tensor:
-            x, target = lessons[step]
+            x, target = lesson(step)
             return ensemble_kl(target, task.forward(w, x)[1]) / len(task.class_names)
 
         def after(w: Tree, step: int) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mllm_fl.algorithms.base import Algorithm, Server, Task, Update
-from mllm_fl.algorithms.distilling import Lessons, unlabelled
+from mllm_fl.algorithms.distilling import lessons, unlabelled
 from mllm_fl.descent import descend
 from mllm_fl.errors import UserError
 from mllm_fl.losses import kl
@@ -54,13 +54,13 @@ class FedDF(Algorithm):
         state = super().server(task, s, received)
         if self.steps == 0:
             return state
-        lessons = Lessons(
+        lesson = lessons(
             task, unlabelled(task, "FedDF"), [u.w for u in received], lambda z: z.mean(0),
             self.steps, self.batch_size, task.stream("distil", s.round + 1),
         )  # fmt: skip
 
         def loss(w: Tree, step: int) -> Tensor:
-            x, ensemble = lessons[step]
+            x, ensemble = lesson(step)
             return kl(ensemble, task.forward(w, x)[1], self.temperature)  # eq. (1)
 
         w = descend(
