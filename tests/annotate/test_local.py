@@ -9,7 +9,7 @@ import torch
 from tests.tiny_llava import save_tiny
 
 from mllm_fl.annotate.backends.base import Request
-from mllm_fl.annotate.backends.local import LocalBackend
+from mllm_fl.annotate.backends.local import LocalBackend, identity
 from mllm_fl.annotate.ledger import Entry
 from mllm_fl.errors import UserError
 
@@ -71,6 +71,18 @@ def test_a_chat_template_is_used_where_the_model_has_one(folder: Path) -> None:
     assert backend.prompt("", "what ?") == "USER: <image>\nwhat ? ASSISTANT:"
     backend.processor.chat_template = "{% for m in messages %}[{{ m['role'] }}]{% for c in m['content'] %}{{ c['text'] if c['type'] == 'text' else '<image>' }}{% endfor %}{% endfor %}"
     assert backend.prompt("be brief", "what ?") == "[system]be brief[user]<image>what ?"
+
+
+def test_two_models_of_one_name_are_two_in_the_ledger(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny")
+    first = identity(str(folder))
+    assert first == LocalBackend(str(folder)).model
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert identity(str(folder)) != first
+    assert identity("no-such/model") is identity("/nowhere/model") is None
+    assert str(identity("mini")).startswith("mini-llava ")
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,35 @@ def test_a_folder_of_images_is_annotated_and_what_cannot_be_read_is_listed(tmp_p
     assert stub.calls == 2  # equal pictures are asked about once
     assert list(corpus.card["unreadable"]) == ["broken.png"]
     assert corpus.card["agreement"] == "not checked: no scene records"
+
+
+def test_a_corpus_of_another_annotator_or_other_pictures_is_not_handed_out(tmp_path: Path) -> None:
+    """Finished or not, records.json counts only for what made it: the model, the prompts' versions, the source's files."""
+    source, folder = tmp_path / "photos", tmp_path / "corpus"
+    source.mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((20, 30, 3), 80 * i, np.uint8)).save(source / f"{i}.png")
+    config = AnnotateConfig(source=f"folder:{source}", kinds=("caption",), backend="stub")
+    annotate(config, folder, backend=Stub())
+
+    class Other(Stub):
+        model = "stub of another day"
+
+    with pytest.raises(UserError, match=r"made\.model \(stub -> stub of another day\); use another folder"):
+        annotate(config, folder, backend=Other())
+    begun = json.loads((folder / "annotate.json").read_text())
+    (folder / "annotate.json").write_text(json.dumps(begun | {"made": begun["made"] | {"prompts": {"caption": "v0"}}}))
+    with pytest.raises(UserError, match=r"made\.prompts\.caption \(v0 -> "):
+        annotate(config, folder, backend=Stub())
+    (folder / "annotate.json").write_text(json.dumps(begun))
+    Image.fromarray(np.full((20, 30, 3), 7, np.uint8)).save(source / "2.png")
+    with pytest.raises(UserError, match=r"begun with another configuration: made\.pictures \("):
+        annotate(config, folder, backend=Stub())
+    shutil.rmtree(source)  # what is not there any more is not compared: the corpus holds its pictures
+    assert len(annotate(config, folder, backend=Stub()).records) == 3
+    (folder / "annotate.json").unlink()
+    with pytest.raises(UserError, match=r"not annotated here \(no annotate\.json\)"):
+        annotate(config, folder, backend=Stub())
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from mllm_fl.events import Event
 from mllm_fl.models.network import ModelConfig, Network, build_network
 from mllm_fl.models.teacher.blend import lm_loss
 from mllm_fl.models.teacher.conversation import collate, encode
-from mllm_fl.models.teacher.llava import LlavaTeacher, load_llava
+from mllm_fl.models.teacher.llava import LlavaTeacher, fingerprint, load_llava
 from mllm_fl.stages import pretrain as stage
 from mllm_fl.stages.pretrain import PretrainConfig, alpha_at, lr_at, pretrain
 from mllm_fl.trees import digest
@@ -232,14 +232,59 @@ def test_finished_weights_are_read_again_and_other_settings_refused(
 ) -> None:
     first = pretrain(CONFIG, network(), corpus, tmp_path, teacher=teacher)
     seen: list[Event] = []
-    assert digest(pretrain(CONFIG, network(), corpus, tmp_path, progress=seen.append)) == digest(first)
+    with pytest.raises(UserError, match=r"made with other settings: teacher \("):
+        pretrain(CONFIG, network(), corpus, tmp_path, progress=seen.append)  # with "mini"
+    assert digest(pretrain(CONFIG, network(), corpus, tmp_path, teacher=teacher, progress=seen.append)) == digest(first)
     assert seen == []
-    with pytest.raises(UserError, match=r"made with other settings: config\.lr \(0\.002 -> 0\.1\); use another folder"):
+    with pytest.raises(
+        UserError, match=r"made with other settings: config\.lr \(0\.002 -> 0\.1\); delete .*, or use another folder"
+    ):
         pretrain(replace(CONFIG, lr=0.1), network(), corpus, tmp_path, teacher=teacher)
     told = json.loads((tmp_path / "pretrain.json").read_text())
     assert told["sample"]["predicted"].endswith("<eos>")
     assert (told["steps"], told["samples"], told["images"]) == (6, 32, 16)
     assert told["weights_sha256"] == digest(first)
+
+
+def test_weights_made_from_another_teacher_or_corpus_are_refused(tmp_path: Path) -> None:
+    """The same names everywhere; only bytes of the teacher's weights, of a picture, or of an answer are others."""
+    teacher, source, folder = (
+        tiny_llava.save_tiny(tmp_path / "llava"),
+        tiny_llava.corpus(tmp_path / "c"),
+        tmp_path / "p",
+    )
+    config = replace(CONFIG, teacher=str(teacher))
+
+    def stop(event: Event) -> None:
+        if event.done == 3:
+            raise KeyboardInterrupt
+
+    def refused(file: Path, old: bytes, new: bytes, where: str) -> None:
+        before = file.read_bytes()
+        assert old in before
+        file.write_bytes(before.replace(old, new, 1) if old else before[:-1] + bytes([before[-1] ^ 1]))
+        with pytest.raises(
+            UserError, match=rf"was made with other settings: {where} \([0-9a-f]+ -> [0-9a-f]+\); delete"
+        ):
+            pretrain(config, network(), source, folder)
+        file.write_bytes(before)
+
+    weights, picture, records = teacher / "model.safetensors", source / "images/3.png", source / "records.json"
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config, network(), source, folder, progress=stop)
+    refused(weights, b"", b"", "teacher")  # unfinished
+    first = pretrain(config, network(), source, folder)
+    refused(weights, b"", b"", "teacher")  # finished
+    refused(picture, b"IEND", b"IEND\0", r"corpus\.pictures")
+    refused(records, b"the digit", b"the letter", r"corpus\.records")
+    (teacher / "README.md").write_text("says nothing about what the model does")
+    assert digest(pretrain(config, network(), source, folder)) == digest(first)
+    told = json.loads((folder / "pretrain.json").read_text())["teacher"]
+    assert told["fingerprint"] == fingerprint(str(teacher))
+    for file in teacher.iterdir():
+        file.unlink()
+    teacher.rmdir()  # a teacher that is gone is not compared: the weights are finished
+    assert digest(pretrain(config, network(), source, folder)) == digest(first)
 
 
 def test_a_folder_in_use_is_refused(teacher: LlavaTeacher, corpus: Path, tmp_path: Path) -> None:

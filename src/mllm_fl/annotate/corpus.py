@@ -6,6 +6,7 @@ with the truth where there is one), ``ledger.sqlite``, and for rendered pictures
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,23 @@ class Corpus:
                 )
             paths[record.image] = None
         return cls(folder, tuple(records), tuple(paths), _card(folder / "card.json"))
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the records, and of the pictures' names and files: what a pretraining on this corpus depends on.
+
+        Raises:
+            UserError: a picture that cannot be read.
+        """
+        records = json.dumps([r.to_json() for r in self.records])
+        pictures = hashlib.sha256()
+        for image in self.images:
+            try:
+                content = (self.folder / image).read_bytes()
+            except OSError as e:
+                problem = f"cannot be read ({e.strerror})"
+                raise UserError(self.folder / image, problem, "restore it, or remove its records") from None
+            pictures.update(f"{image} {hashlib.sha256(content).hexdigest()}\n".encode())
+        return {"records": hashlib.sha256(records.encode()).hexdigest(), "pictures": pictures.hexdigest()}
 
     def pixels(self, size: int | None = None) -> Tensor:
         """All pictures in the order of ``images``: uint8 (n, 3, size, size); ``size`` None keeps the first one's shorter side.

@@ -6,6 +6,7 @@ CC-595K's captions; nothing more is said. Here any model answers, what it said i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from mllm_fl.annotate.corpus import Corpus
 from mllm_fl.annotate.ledger import Entry, Key, Ledger, born, canonical
 from mllm_fl.annotate.prompts import KINDS, Prompt, prompts_for
 from mllm_fl.annotate.records import Record, save
+from mllm_fl.data import glyph_cache
 from mllm_fl.data.decode import EXTENSIONS, fit, to_array, to_rgb
 from mllm_fl.data.files import write_whole
 from mllm_fl.data.folder import image_files
@@ -126,25 +128,69 @@ def annotate(
     """
     begun = folder / "annotate.json"
     resolved = {k: v for k, v in to_dict(config).items() if k not in _FREE}
+    made = resolved | {"made": _made(config, backend)}
     if begun.exists():
-        diff = differences(read_json(begun), resolved)
-        if diff:
-            raise UserError(
-                folder, f"the corpus was begun with another configuration: {'; '.join(diff)}", "use another folder"
-            )
+        _same(folder, read_json(begun), made)
         if (folder / "records.json").exists() and not retry:
             return Corpus.open(folder)
+    elif (folder / "records.json").exists():
+        raise UserError(folder, "holds a corpus that was not annotated here (no annotate.json)", "use another folder")
     prompts = prompts_for(config.kinds, _style(config))
     progress(Event("annotate", 0, config.images * len(prompts), "preparing the open images"))
     _sweep(folder)
     pictures = _lay_out(config, folder)
-    write_whole(begun, (json.dumps(resolved, indent=1) + "\n").encode())
+    backend = backend or make_backend(config)
+    made["made"]["model"] = backend.model  # a hub id may have been fetched only now
+    write_whole(begun, (json.dumps(made, indent=1) + "\n").encode())
     with Ledger(folder / "ledger.sqlite") as ledger:
-        backend = backend or make_backend(config)
         work = _Work(config, folder, pictures, prompts, ledger, backend)
         failed = work.run(progress)
         _finish(work, failed)
     return Corpus.open(folder)
+
+
+def _made(config: AnnotateConfig, backend: Backend | None) -> dict[str, Any]:
+    """What a corpus depends on beyond its configuration: who answers, the prompts' versions, the pictures. None: not known here."""
+    model = backend.model if backend is not None else None
+    if backend is None and config.backend != "openai":
+        from mllm_fl.annotate.backends.local import identity
+
+        model = identity(config.backend)
+    pictures: str | None = f"glyphs {glyph_cache.VERSION}"
+    if config.source != "glyphs":
+        root = Path(config.source.removeprefix("folder:"))
+        pictures = _digest(root, _chosen(config, root)) if root.is_dir() else None
+    return {
+        "model": model,
+        "prompts": {p.kind: p.version for p in prompts_for(config.kinds, _style(config))},
+        "pictures": pictures,
+    }
+
+
+def _digest(root: Path, files: Sequence[Path]) -> str:
+    """SHA-256 over names and bytes; a file that cannot be read counts as empty."""
+    h = hashlib.sha256()
+    for path in files:
+        try:
+            content = path.read_bytes()
+        except OSError:
+            content = b""
+        h.update(f"{path.relative_to(root)} {hashlib.sha256(content).hexdigest()}\n".encode())
+    return h.hexdigest()
+
+
+def _same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with, or to hand out, a corpus that this call would not make; what is not known now is not compared."""
+    unknown = {k for k, v in now["made"].items() if v is None}
+    then_made = {k: v for k, v in then.get("made", {}).items() if k not in unknown}
+    now_made = {k: v for k, v in now["made"].items() if k not in unknown}
+    diff = differences(then | {"made": then_made}, now | {"made": now_made})
+    if diff:
+        raise UserError(
+            folder,
+            f"the corpus was begun with another configuration: {'; '.join(diff)}",
+            "use another folder, or delete this one",
+        )
 
 
 def make_backend(config: AnnotateConfig) -> Backend:
@@ -335,11 +381,7 @@ def _source(config: AnnotateConfig, unreadable: dict[str, str]) -> Iterator[tupl
     root = Path(config.source.removeprefix("folder:"))
     if not root.is_dir():
         raise UserError("annotate.source", f"{root} is not a folder", "give folder:PATH of the open images")
-    files = image_files(root)
-    if len(files) > config.images:
-        chosen = numpy_stream(config.seed, "open-images").permutation(len(files))[: config.images]
-        files = [files[i] for i in sorted(int(j) for j in chosen)]
-    for path in files:
+    for path in _chosen(config, root):
         try:
             drawn = to_rgb(path)
         except ValueError as e:
@@ -348,3 +390,12 @@ def _source(config: AnnotateConfig, unreadable: dict[str, str]) -> Iterator[tupl
         if config.image_size is not None:
             drawn = fit(drawn, config.image_size)
         yield torch.from_numpy(to_array(drawn).copy()), None
+
+
+def _chosen(config: AnnotateConfig, root: Path) -> list[Path]:
+    """The image files below ``root`` that the corpus takes."""
+    files = image_files(root)
+    if len(files) > config.images:
+        chosen = numpy_stream(config.seed, "open-images").permutation(len(files))[: config.images]
+        files = [files[i] for i in sorted(int(j) for j in chosen)]
+    return files

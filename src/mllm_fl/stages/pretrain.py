@@ -27,14 +27,13 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from mllm_fl.annotate.corpus import Corpus
-from mllm_fl.data.manifest import sha256_of
 from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint, write_atomic
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
 from mllm_fl.models.network import Network
 from mllm_fl.models.teacher.blend import lm_loss
 from mllm_fl.models.teacher.conversation import Sample, collate, encode, shown
-from mllm_fl.models.teacher.llava import LlavaTeacher, load_llava
+from mllm_fl.models.teacher.llava import LlavaTeacher, fingerprint, load_llava
 from mllm_fl.runs import differences, read_json
 from mllm_fl.seeds import stream
 from mllm_fl.toml import to_dict
@@ -148,7 +147,8 @@ def pretrain(
     folder.mkdir(parents=True, exist_ok=True)
     what = {
         "config": {k: v for k, v in to_dict(config).items() if k != "checkpoint_every"}, "seed": seed, "mean": list(mean), "std": list(std),
-        "corpus": sha256_of([r.to_json() for r in corpus.records]), "network": digest(network.state_dict()),
+        "corpus": corpus.digests(), "network": digest(network.state_dict()),
+        "teacher": teacher.fingerprint if teacher is not None else fingerprint(config.teacher),
     }  # fmt: skip
     like = clone(network.state_dict())
     done = folder / "pretrain.json"
@@ -159,6 +159,7 @@ def pretrain(
     with _alone(folder):
         width = network.feature_dim
         teacher = teacher or load_llava(config.teacher, width)
+        what["teacher"] = what["teacher"] or teacher.fingerprint  # a hub id may have been fetched only now
         if width != teacher.width:
             raise UserError(
                 "model.adapter_dim",
@@ -332,7 +333,9 @@ class _Trainer:
         rows = [json.loads(line) for line in (self.folder / "pretrain.jsonl").read_bytes().splitlines()]
         last = rows[-max(1, len(rows) // 10) :]
         final = {
-            "what": self.what, "teacher": {"name": self.teacher.name, "grid": self.teacher.grid, "width": self.teacher.width},
+            "what": self.what, "teacher": {
+                "name": self.teacher.name, "fingerprint": self.what["teacher"], "grid": self.teacher.grid, "width": self.teacher.width,
+            },
             "steps": self.steps, "samples": len(self.image_of), "images": len(self.pixels), "seconds": self.seconds,
             "loss_first": rows[0]["loss"], "loss_last_tenth": sum(r["loss"] for r in last) / len(last),
             "trainable_parameters": sum(p.numel() for p in self.trainable.values()), "weights_sha256": digest(tree),
@@ -356,6 +359,11 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _same(path: Path, now: dict[str, Any], then: dict[str, Any]) -> None:
+    """Refuse weights that were made otherwise; a teacher that is not on this machine now is not compared."""
+    if now["teacher"] is None:
+        now, then = ({k: v for k, v in w.items() if k != "teacher"} for w in (now, then))
     diff = differences(then, json.loads(json.dumps(now)))
     if diff:
-        raise UserError(path, f"was made with other settings: {'; '.join(diff)}", "use another folder")
+        raise UserError(
+            path, f"was made with other settings: {'; '.join(diff)}", f"delete {path.parent}, or use another folder"
+        )

@@ -13,7 +13,7 @@ from mllm_fl.annotate.backends.base import Deliver, Request, picture
 from mllm_fl.annotate.ledger import Entry
 from mllm_fl.errors import UserError
 from mllm_fl.models.bridge import bridge_torchvision
-from mllm_fl.models.teacher.llava import locate, quiet
+from mllm_fl.models.teacher.llava import fingerprint, locate, quiet
 
 
 class LocalBackend:
@@ -40,7 +40,7 @@ class LocalBackend:
             ) from None
         self._model.eval().requires_grad_(False)
         self.processor.tokenizer.padding_side = "left"
-        self.model = name if name != "mini" else f"mini-llava {_fingerprint(self._model)}"
+        self.model = identity(name) or name
         self.max_tokens, self.batch_size = max_tokens, batch_size
 
     def parameters(self) -> dict[str, Any]:
@@ -103,8 +103,7 @@ class LocalBackend:
         return f"{system} USER: <image>\n{question} ASSISTANT:".strip()
 
 
-def _fingerprint(model: Any) -> str:
-    """Eight digits that change when the bundled weights do, so that a ledger never mixes two of them."""
-    from mllm_fl.trees import digest
-
-    return digest(model.state_dict())[:8]
+def identity(name: str) -> str | None:
+    """The model's name and eight digits that change when its files do, so that a ledger never mixes two; None: not on this machine."""
+    digits = fingerprint(name)
+    return None if digits is None else f"{'mini-llava' if name == 'mini' else name} {digits[:8]}"

@@ -5,9 +5,11 @@ Everything that depends on the family of the model (where the projector sits, ho
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,11 @@ class LlavaTeacher:
     processor: Any
     grid: int
     width: int
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """See :func:`fingerprint`; of the files that this teacher was loaded from."""
+        return fingerprint(self.name)
 
     @property
     def projector(self) -> nn.Module:
@@ -87,6 +94,38 @@ def locate(name: str, bundled: str = "mini-llava") -> str:
             "give a Hugging Face folder, a hub id such as llava-hf/llava-1.5-7b-hf, or mini",
         )
     return str(Path(name).expanduser()) if looks_local else name
+
+
+SAYS = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+"""Endings of the files that decide what a model says: configuration, preprocessing, tokenizer, weights."""
+
+
+def fingerprint(name: str) -> str | None:
+    """SHA-256 over a model's files in Hugging Face's layout, by name; None when they are not on this machine.
+
+    Nothing is loaded or fetched: of a hub id the files in the local cache count. ``name`` as in :func:`locate`.
+    """
+    folder = Path(name).expanduser() if name != "mini" else BUNDLED / "mini-llava"
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            return None
+        from transformers.utils import cached_file
+
+        found = cached_file(
+            name, "config.json", local_files_only=True,
+            _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        if found is None:
+            return None
+        folder = Path(found).parent
+    files = sorted(p for p in folder.iterdir() if p.suffix in SAYS and p.is_file())
+    if not files:
+        return None
+    h = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as f:
+            h.update(f"{path.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
+    return h.hexdigest()
 
 
 def load_llava(name: str = "mini", expect_width: int | None = None) -> LlavaTeacher:
