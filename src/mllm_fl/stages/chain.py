@@ -33,10 +33,11 @@ from mllm_fl.models.network import Network, build_network
 from mllm_fl.models.teacher.clip import load_clip
 from mllm_fl.runs import RunFolder, config_hash, environment, read_json
 from mllm_fl.seeds import stream
-from mllm_fl.stages.align import Aligner, balanced, leftovers, make_aligner
+from mllm_fl.stages.align import AlignConfig, Aligner, balanced, leftovers, make_aligner
 from mllm_fl.stages.annotate import annotate
 from mllm_fl.stages.federate import federate, outcome
 from mllm_fl.stages.pretrain import pretrain
+from mllm_fl.stages.server import unlabelled_images
 from mllm_fl.toml import to_dict
 from mllm_fl.trees import Tree, clone, digest
 
@@ -151,6 +152,23 @@ def aligner_of(config: Config, federation: Federation) -> tuple[Aligner, ImageSe
     return make_aligner(config.align, images, teacher), images
 
 
+def task_of(config: Config, federation: Federation, network: Network) -> Task:
+    """What is learned, with the server's images and the teacher's text embeddings where the method needs them."""
+    needs, server = config.federate.method.needs, config.federate.server
+    unlabelled = unlabelled_images(server, config.data, federation) if "unlabelled" in needs else None
+    labelled = None
+    if "labelled" in needs:
+        balanced_set = AlignConfig(source=server.labelled, per_class=server.labelled_per_class, seed=server.seed)
+        labelled = alignment_images(dataclasses.replace(config, align=balanced_set), federation)
+    texts = None
+    if "texts" in needs:
+        texts = load_clip(config.teacher.name).class_embeddings(
+            federation.class_names, config.teacher.templates or None
+        )
+    population = tuple(len(c) for c in federation.clients)
+    return Task(network, federation.class_names, population, config.seed, unlabelled, labelled, texts)
+
+
 def run(config: Config, root: Path, *, progress: Progress = silent, command: str = "") -> dict[str, Any]:
     """All stages of one configuration; returns final.json's content, from the folder when the run is already finished.
 
@@ -179,7 +197,11 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
         save_manifest(federation.manifest, path / "manifest.json")
         folder.write_json("federation.json", summary(federation))
         folder.write_json("env.json", environment() | {"command": command})
-        task = Task(network, federation.class_names, tuple(len(c) for c in federation.clients), config.seed)
+        task = task_of(config, federation, network)
+        for name, images in (("unlabelled", task.unlabelled), ("labelled", task.labelled)):
+            if images is not None:
+                found[f"{name}/test"] = leaks(images, federation.test)
+        _check_leaks(config, found)
         state = federate(
             config.federate,
             task,

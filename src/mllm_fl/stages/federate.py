@@ -31,6 +31,7 @@ from mllm_fl.metrics import summarise
 from mllm_fl.runs import RunFolder, read_rows
 from mllm_fl.seeds import numpy_stream
 from mllm_fl.stages.align import Aligner
+from mllm_fl.stages.server import ServerConfig
 from mllm_fl.trees import Tree, digest, nbytes, prefixed, under, why_invalid, why_not_finite
 
 
@@ -53,6 +54,7 @@ class FederateConfig:
     limit: float = 1e6
     engine: Literal["serial"] = "serial"
     local: LocalConfig = field(default_factory=LocalConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     method: Algorithm = field(default_factory=FedAvg)
 
     def __post_init__(self) -> None:
