@@ -183,3 +183,12 @@ def test_two_jobs_give_the_bytes_of_one(tmp_path: Path) -> None:
     assert len(one) == 2
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
     assert [p.parent.name for p in one] == [p.parent.name for p in two]
+
+
+def test_another_algorithm_on_the_command_line_brings_its_own_fields(small: Path) -> None:
+    done = cli("run", "small.toml", "--federate.algorithm", "fedprox", "--federate.method.mu", "0.5", cwd=small)
+    assert done.returncode == 0, done.stderr
+    (final,) = (small / "runs" / "small").glob("*/final.json")
+    assert json.loads(final.read_text())["method"] == {"mu": 0.5}
+    wrong = cli("run", "small.toml", "--federate.algorithm=fedprx", cwd=small)
+    assert wrong.returncode == 2 and "did you mean 'fedprox'?" in wrong.stderr
