@@ -27,6 +27,7 @@ ROWS: dict[str, dict[str, Any]] = {  # name -> fields under which the method mus
     "fedprox": {"mu": 0.5},
     **{k: {} for k in ("fedavgm", "fednova", "feddf", "fedbe", "ccvr", "fedfocal", "ratioloss", "taunorm", "scaffold")},
     **{k: {} for k in ("logitadjust", "balancedsoftmax", "fedyoyo")},
+    "creff": {"features": 5, "match_steps": 10, "head_epochs": 10, "repeats": 2},
 }
 METHOD = pytest.mark.parametrize("name", sorted(METHODS))
 

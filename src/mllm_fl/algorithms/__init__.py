@@ -21,6 +21,7 @@ METHODS = {
     "fedfocal": "mllm_fl.algorithms.fedfocal:FedFocal",
     "ratioloss": "mllm_fl.algorithms.ratioloss:RatioLoss",
     "taunorm": "mllm_fl.algorithms.taunorm:TauNorm",
+    "creff": "mllm_fl.algorithms.creff:CReFF",
     "scaffold": "mllm_fl.algorithms.scaffold:Scaffold",
     "logitadjust": "mllm_fl.algorithms.logitadjust:LogitAdjust",
     "balancedsoftmax": "mllm_fl.algorithms.balancedsoftmax:BalancedSoftmax",
