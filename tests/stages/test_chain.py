@@ -84,6 +84,38 @@ def test_a_finished_run_is_not_run_again(root: Path) -> None:
     assert chain.run(config(), root, progress=fail) == first
 
 
+def stopped(c: Config, root: Path) -> Path:
+    """The folder of a run that somebody stopped after its first round."""
+
+    def stop(event: Event) -> None:
+        if event.stage == "federate" and event.done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chain.run(c, root, progress=stop, command="first")
+    return chain.run_path(c, root)
+
+
+def test_a_resumed_run_is_held_against_its_beginning(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = config(name="resumed", pretrain=False, annotate=False, align=False)
+    path = stopped(c, root)
+    manifest, env = ((path / n).read_bytes() for n in ("manifest.json", "env.json"))
+    whole = chain.federation_of(c)
+    other = dataclasses.replace(whole.manifest, clients=whole.manifest.clients[::-1])
+    with monkeypatch.context() as patched:
+        patched.setattr(chain, "federation_of", lambda c: dataclasses.replace(whole, manifest=other))
+        with pytest.raises(
+            UserError, match=r"manifest\.json: the run was begun with another federation: clients differ;"
+        ):
+            chain.run(c, root)
+    now = {k: v for k, v in json.loads(env).items() if k != "command"} | {"torch": "9.9"}
+    monkeypatch.setattr(chain, "environment", lambda: now)
+    final = chain.run(c, root, command="second")
+    assert (path / "manifest.json").read_bytes() == manifest
+    assert (path / "env.json").read_bytes() == env  # the beginning's; what changed is said besides
+    assert final["environment_changes"] == [[f"torch ({torch.__version__} -> 9.9)"]]
+
+
 def test_the_saved_model_is_the_one_that_was_measured(root: Path) -> None:
     final = chain.run(config(), root)
     network, record = chain.load_model(chain.run_path(config(), root) / "model.safetensors")

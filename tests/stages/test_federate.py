@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,18 @@ import pytest
 import torch
 from tests import toy
 
-from mllm_fl.algorithms.base import Broadcast, FedAvg, Local, Task, Update
+from mllm_fl.algorithms.base import Broadcast, FedAvg, Local, Server, Task, Update
+from mllm_fl.algorithms.fedavgm import FedAvgM
+from mllm_fl.data.federation import Federation
+from mllm_fl.data.images import ImageSet
 from mllm_fl.data.longtail import groups
+from mllm_fl.engines.checkpoint import load_checkpoint, save_checkpoint
 from mllm_fl.engines.local import LocalConfig
 from mllm_fl.errors import UserError
+from mllm_fl.events import Event
 from mllm_fl.runs import RunFolder, read_rows
+from mllm_fl.seeds import stream
+from mllm_fl.stages.align import AlignConfig, Aligner, balanced, make_aligner
 from mllm_fl.stages.federate import FederateConfig, federate, online_clients, outcome
 from mllm_fl.trees import Tree, clone, digest, nbytes
 
@@ -175,6 +182,94 @@ def test_flipped_bit_in_a_checkpoint_is_refused(run: RunFolder) -> None:
     path.write_bytes(bytes(data))
     with pytest.raises(UserError, match="digest differs"):
         federate(BASE, *_args(fed, 2), run)
+
+
+def _stopped(run: RunFolder, config: FederateConfig, fed: Any, aligner: Aligner | None = None) -> tuple[Task, Tree]:
+    """A run that somebody stopped after its second of three rounds."""
+
+    def stop(event: Event) -> None:
+        if event.done == 2:
+            raise KeyboardInterrupt
+
+    task, w = toy.task(fed)
+    with pytest.raises(KeyboardInterrupt):
+        federate(config, task, fed, w, run, aligner=aligner, progress=stop)
+    return task, w
+
+
+def test_a_resumed_server_goes_on_with_its_extra_leaves(tmp_path: Path) -> None:
+    fed, config = toy.federation(), dataclasses.replace(BASE, algorithm="fedavgm", method=FedAvgM(momentum=0.9))
+    with RunFolder(tmp_path / "whole", {}) as folder:
+        whole = federate(config, *_args(fed, 2), folder)
+    with RunFolder(tmp_path / "stopped", {}) as folder:
+        task, w = _stopped(folder, config, fed)
+        resumed = federate(config, task, fed, w, folder)
+    assert any(v.any() for v in whole.extra.values())
+    assert (digest(resumed.w), digest(resumed.extra)) == (digest(whole.w), digest(whole.extra))
+
+
+def test_extra_leaves_of_another_form_are_refused(run: RunFolder) -> None:
+    fed, config = toy.federation(), dataclasses.replace(BASE, algorithm="fedavgm", method=FedAvgM(momentum=0.9))
+    task, w = _stopped(run, config, fed)
+    path = run.path / "checkpoint.safetensors"
+    tensors, record = load_checkpoint(path)
+    name = "extra/classifier.bias"
+    for leaf, says in (
+        (None, f"it lacks {name}"),
+        (torch.zeros(4), rf"{name} is \(4,\) there, \(3,\) here"),
+        (torch.zeros(3, dtype=torch.float64), f"{name} is torch.float64 there, torch.float32 here"),
+    ):
+        save_checkpoint(path, {k: v for k, v in (tensors | {name: leaf}).items() if v is not None}, record)
+        with pytest.raises(UserError, match=says):
+            federate(config, task, fed, w, run)
+    save_checkpoint(path, tensors | {"extra/besides": torch.zeros(1)}, record)
+    with pytest.raises(UserError, match="it has extra/besides besides"):
+        federate(config, task, fed, w, run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grows(FedAvg):
+    """A server that finds a new leaf on its way."""
+
+    def server(self, task: Task, s: Server, updates: Iterable[Update]) -> Server:
+        return dataclasses.replace(super().server(task, s, updates), extra={"late": torch.zeros(1)})
+
+
+def test_a_method_whose_server_state_changes_its_form_is_told_in_the_first_round(run: RunFolder) -> None:
+    fed = toy.federation()
+    with pytest.raises(UserError, match=r"Server\.extra\['late'\] has another form after round 1 than after init"):
+        federate(dataclasses.replace(BASE, method=Grows()), *_args(fed, 2), run)
+
+
+def test_other_inputs_are_named_and_refused_on_resuming(run: RunFolder) -> None:
+    """The same folder and configuration, but other weights, another federation, other alignment images, or another teacher."""
+    fed = toy.federation()
+    images = balanced(fed.train, 4, stream(0, "x"))
+
+    def aligner(kept: ImageSet = images, q: float = 0.0) -> Aligner:
+        config = AlignConfig(per_class=4, steps=1, batch_size=6, augment="none")
+        y = torch.from_numpy(kept.labels)
+        return make_aligner(config, kept, lambda x: 5.0 * torch.nn.functional.one_hot(y, 3).float() + q)
+
+    task, w = _stopped(run, BASE, fed, aligner())
+
+    def refused(says: str, task: Task = task, fed: Federation = fed, w: Tree = w, by: Aligner | None = None) -> None:
+        with pytest.raises(
+            UserError, match=rf"checkpoint.safetensors: was begun with other inputs \(SHA-256\): {says}"
+        ) as e:
+            federate(BASE, task, fed, w, run, aligner=by or aligner())
+        assert "; restore them, or delete the run folder" in str(e.value)
+        assert "\n" not in str(e.value)
+
+    refused(r"w0 \(", w=w | {"classifier.bias": w["classifier.bias"] + 1})
+    swapped = (fed.manifest.clients[1], fed.manifest.clients[0], *fed.manifest.clients[2:])
+    refused(r"manifest \(", fed=dataclasses.replace(fed, manifest=dataclasses.replace(fed.manifest, clients=swapped)))
+    refused(r"align\.x \(", by=aligner(dataclasses.replace(images, mean=(0.4, 0.5, 0.5))))
+    refused(r"align\.q \(", by=aligner(q=0.5))
+    refused(r"unlabelled \(absent", task=dataclasses.replace(task, unlabelled=images))
+    refused(r"labelled \(absent", task=dataclasses.replace(task, labelled=images))
+    refused(r"texts \(absent", task=dataclasses.replace(task, texts=torch.ones(3, 2)))
+    assert federate(BASE, task, fed, w, run, aligner=aligner()).round == 3
 
 
 def _args(fed: Any, width: int) -> tuple[Any, Any, Any]:

@@ -24,6 +24,7 @@ from mllm_fl.data.folder import all_images
 from mllm_fl.data.glyphs import glyph_set
 from mllm_fl.data.images import ImageSet, MemoryPixels
 from mllm_fl.data.longtail import groups
+from mllm_fl.data.manifest import load as load_manifest
 from mllm_fl.data.manifest import save as save_manifest
 from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
 from mllm_fl.engines.evaluate import evaluate
@@ -31,7 +32,7 @@ from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
 from mllm_fl.models.network import Network, build_network
 from mllm_fl.models.teacher.clip import load_clip
-from mllm_fl.runs import RunFolder, config_hash, environment, read_json
+from mllm_fl.runs import RunFolder, config_hash, differences, environment, read_json, read_rows
 from mllm_fl.seeds import stream
 from mllm_fl.stages.align import AlignConfig, Aligner, balanced, leftovers, make_aligner
 from mllm_fl.stages.annotate import annotate
@@ -194,9 +195,7 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
         if config.pretrain is not None:
             found["open/test"] = leaks(open_images(config, root, federation), federation.test)
         _check_leaks(config, found)
-        save_manifest(federation.manifest, path / "manifest.json")
-        folder.write_json("federation.json", summary(federation))
-        folder.write_json("env.json", environment() | {"command": command})
+        _begin(folder, federation, command)
         task = task_of(config, federation, network)
         for name, images in (("unlabelled", task.unlabelled), ("labelled", task.labelled)):
             if images is not None:
@@ -221,6 +220,7 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
             "groups": to_dict(found_groups), "stages": {"pretrain": config.pretrain is not None, "align": config.align is not None},
             "align": None if aligned_on is None else {"source": aligned_on.name, "images": len(aligned_on)},
             "manifest_sha256": federation.manifest.sha256, "leaks": found, "environment": environment(), "command": command,
+            "environment_changes": [e["changes"] for e in read_rows(path / "events.jsonl") if e["event"] == "environment changed"],
             **final,
         }  # fmt: skip
         final["seconds"] |= stage_one_seconds(config, root)
@@ -228,6 +228,35 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
         folder.write_json("final.json", final)
         folder.event("finished")
         return final
+
+
+def _begin(folder: RunFolder, federation: Federation, command: str) -> None:
+    """Write manifest, federation and environment; in a folder that has them, hold the present ones against them.
+
+    Another federation is refused. Another environment is not (an interrupted run may have to end after an update), but an event says
+    what changed, and final.json repeats it: env.json stays that of the beginning.
+
+    Raises:
+        UserError: the run was begun with another federation; names what differs.
+    """
+    path = folder.path / "manifest.json"
+    if path.exists():
+        there, here = load_manifest(path), federation.manifest
+        other = [f.name for f in dataclasses.fields(there) if getattr(there, f.name) != getattr(here, f.name)]
+        if other:
+            problem = f"the run was begun with another federation: {', '.join(other)} differ"
+            raise UserError(path, problem, "restore the data set, or delete the run folder")
+    else:
+        save_manifest(federation.manifest, path)
+    folder.write_json("federation.json", summary(federation))
+    now = environment()
+    if (folder.path / "env.json").exists():
+        then = read_json(folder.path / "env.json")
+        changes = differences({k: v for k, v in then.items() if k != "command"}, now)
+        if changes:
+            folder.event("environment changed", changes=changes)
+    else:
+        folder.write_json("env.json", now | {"command": command})
 
 
 def align_finished(config: Config, root: Path, progress: Progress = silent) -> dict[str, Any]:

@@ -11,16 +11,19 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from mllm_fl.algorithms import find
 from mllm_fl.algorithms.base import Algorithm, FedAvg, Server, Shard, Task, Update
+from mllm_fl.data.check import pixel_hashes
 from mllm_fl.data.federation import Federation
 from mllm_fl.data.images import ImageSet
 from mllm_fl.data.longtail import Groups
 from mllm_fl.data.longtail import groups as groups_of
+from mllm_fl.data.manifest import sha256_of
 from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.engines.local import LocalConfig
@@ -28,7 +31,7 @@ from mllm_fl.engines.serial import run_clients
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
 from mllm_fl.metrics import summarise
-from mllm_fl.runs import RunFolder, read_rows
+from mllm_fl.runs import RunFolder, differences, read_rows
 from mllm_fl.seeds import numpy_stream
 from mllm_fl.stages.align import Aligner
 from mllm_fl.stages.server import ServerConfig
@@ -95,19 +98,20 @@ def federate(
     ends with the same bytes in its weights, rounds.jsonl and clients.jsonl.
 
     Raises:
-        UserError: more online clients than clients; a damaged checkpoint or one of another model.
+        UserError: more online clients than clients; a checkpoint that is damaged, of another model, or begun with other inputs.
     """
     if config.clients_per_round > len(task.population):
         raise UserError(
             "federate.clients_per_round",
             f"{config.clients_per_round} online clients, but the federation has {len(task.population)}",
         )
-    state = config.method.init(task, w)
+    state = fresh = config.method.init(task, w)
     memory: dict[int, Tree] = {}
     checkpoint = run.path / "checkpoint.safetensors"
     lengths: dict[str, int] = {}
+    given = _given(task, federation, w, aligner)
     if checkpoint.exists():
-        state, memory, lengths = _load(checkpoint, state)
+        state, memory, lengths = _load(checkpoint, fresh, given)
         run.event("resumed", round=state.round)
     run.rewind(lengths)
     draws = online_clients(config, len(task.population), federation.manifest.seed, task.seed)
@@ -119,7 +123,8 @@ def federate(
         state, memory, row = _round(config, task, federation, state, memory, online, run, batch_norm, aligner, groups)
         run.append("rounds.jsonl", [row])
         if t % config.checkpoint_every == 0 or t == config.rounds:
-            _save(checkpoint, state, memory, run.lengths())
+            _refuse_other_form(config.algorithm, state, fresh)
+            _save(checkpoint, state, memory, run.lengths(), given)
         if row["accuracy"] is not None:
             note = f"accuracy {row['accuracy']:.1%}"
         progress(Event("federate", t, config.rounds, note))
@@ -237,18 +242,52 @@ def _finite(v: float | None) -> float | None:
     return float(v) if v is not None and np.isfinite(v) else None
 
 
-def _save(path: Any, state: Server, memory: dict[int, Tree], lengths: dict[str, int]) -> None:
+def _given(task: Task, federation: Federation, w: Tree, aligner: Aligner | None) -> dict[str, str]:
+    """What the rounds depend on beside the configuration, as SHA-256: a checkpoint is continued with equal inputs only."""
+    given = {"w0": digest(w), "manifest": federation.manifest.sha256}
+    if aligner is not None:
+        given |= {
+            f"align.{k}": digest({k: v}) for k, v in (("x", aligner.x), ("y", aligner.y), ("q", aligner.q_logits))
+        }
+    for name, images in (("unlabelled", task.unlabelled), ("labelled", task.labelled)):
+        if images is not None:
+            given[name] = sha256_of([pixel_hashes(images), images.labels.tolist()])
+    if task.texts is not None:
+        given["texts"] = digest({"texts": task.texts})
+    return given
+
+
+def _refuse_other_form(algorithm: str, state: Server, fresh: Server) -> None:
+    """The server's extra leaves keep the names, shapes and dtypes that ``init`` gave them, or no checkpoint could be checked."""
+    forms = [{k: (tuple(v.shape), v.dtype) for k, v in s.extra.items()} for s in (state, fresh)]
+    other = sorted(k for k in forms[0].keys() | forms[1].keys() if forms[0].get(k) != forms[1].get(k))
+    if other:
+        raise UserError(
+            f"federate.algorithm: {algorithm}",
+            f"Server.extra[{other[0]!r}] has another form after round {state.round} than after init",
+            "give every leaf its name, shape and dtype in init",
+        )
+
+
+def _save(path: Path, state: Server, memory: dict[int, Tree], lengths: dict[str, int], given: dict[str, str]) -> None:
     tensors = prefixed(state.w, "w/") | prefixed(state.extra, "extra/")
     for k, mine in memory.items():
         tensors |= prefixed(mine, f"memory/{k}/")
-    save_checkpoint(path, tensors, {"round": state.round, "lengths": lengths, "remembering": sorted(memory)})
+    record = {"round": state.round, "lengths": lengths, "remembering": sorted(memory), "given": given}
+    save_checkpoint(path, tensors, record)
 
 
-def _load(path: Any, fresh: Server) -> tuple[Server, dict[int, Tree], dict[str, int]]:
+def _load(path: Path, fresh: Server, given: dict[str, str]) -> tuple[Server, dict[int, Tree], dict[str, int]]:
     tensors, record = load_checkpoint(path)
     w = fit(under(tensors, "w/"), fresh.w, path)
+    like = prefixed(fresh.extra, "extra/")
+    extra = under(fit({k: v for k, v in tensors.items() if k.startswith("extra/")}, like, path), "extra/")
+    diff = differences(record.get("given", {}), given)
+    if diff:
+        problem = f"was begun with other inputs (SHA-256): {'; '.join(diff)}"
+        raise UserError(path, problem, "restore them, or delete the run folder")
     memory = {int(k): under(tensors, f"memory/{k}/") for k in record["remembering"]}
-    return Server(w, under(tensors, "extra/"), int(record["round"])), memory, record["lengths"]
+    return Server(w, extra, int(record["round"])), memory, record["lengths"]
 
 
 def outcome(
