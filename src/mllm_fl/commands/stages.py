@@ -32,6 +32,14 @@ def add(verbs: Any) -> None:
         p.add_argument("--seed", type=int, action="append", help="this seed instead of the file's (may be repeated)")
         p.add_argument("--jobs", type=int, default=1, help="runs at a time, each in its own process (default 1)")
         p.add_argument("--json-progress", action="store_true", help=argparse.SUPPRESS)
+        if verb == "federate":
+            p.add_argument(
+                "--from",
+                dest="source",
+                type=Path,
+                metavar="RUN",
+                help="a finished FedAvg run that a post-hoc method starts from",
+            )
         p.epilog = (
             "Any value of the configuration: --federate.rounds 3, --data.alpha 0.1, ... (`--help-config` lists them)"
         )
@@ -64,13 +72,15 @@ def stage(args: argparse.Namespace, rest: list[str]) -> int:
 
             finals = run_jobs(args.config, configs, args.runs, rest, args.jobs, screen)
         else:
-            finals = [_one(args.verb, c, args.runs, screen, command) for c in configs]
+            finals = [_one(args.verb, c, args.runs, screen, command, getattr(args, "source", None)) for c in configs]
     if not args.json_progress:
         _show(args, plan, [f for f in finals if f is not None])
     return 0
 
 
-def _one(verb: str, config: Config, root: Path, screen: Any, command: str) -> dict[str, Any] | None:
+def _one(
+    verb: str, config: Config, root: Path, screen: Any, command: str, source: Path | None
+) -> dict[str, Any] | None:
     from mllm_fl.stages import chain
 
     progress = screen.progress(f"{config.name} seed {config.seed}")
@@ -87,6 +97,10 @@ def _one(verb: str, config: Config, root: Path, screen: Any, command: str) -> di
         return None
     if verb == "federate":
         config = dataclasses.replace(config, align=None)
+        if source is not None:
+            from mllm_fl.stages.posthoc import from_finished
+
+            return from_finished(config, source, root, progress, command)
     if verb == "align":
         return chain.align_finished(config, root, progress)
     final = chain.run(config, root, progress=progress, command=command)
