@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mllm_fl.algorithms.base import Update
 from mllm_fl.matching import (
-    add_gradients,
     class_gradients,
     feature_match,
     fresh_head,
+    gathering,
     gradient_distance,
     head_gradient,
     matching_gradient,
@@ -285,8 +286,9 @@ def test_mean_gradients_are_unweighted_over_those_that_answered() -> None:
         return {f"grad/{c}/weight": torch.full((3, 2), value), f"grad/{c}/bias": torch.full((3,), -value)}
 
     sums: dict[str, tuple[int, Tensor]] = {}
-    for each in (answer(0, 1.0) | answer(2, 5.0), answer(2, 7.0), {}, answer(2, 0.0), answer(9, 1.0)):
-        sums = add_gradients(sums, each)
+    sent = [answer(0, 1.0) | answer(2, 5.0), answer(2, 7.0), {}, answer(2, 0.0), answer(9, 1.0)]
+    updates = [Update(k, {}, 1.0, each, {}) for k, each in enumerate(sent)]
+    assert list(gathering(updates, sums)) == updates
     means = mean_gradients(sums, 3)
     assert means is not None
     seen, weights, biases = means

@@ -11,7 +11,8 @@ written out, so that nothing is differentiated twice. All functions take tensors
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,15 @@ from torch import Tensor
 
 from mllm_fl.trees import Tree
 
+
+class Answer(Protocol):
+    """Anything with named tensors beside weights: an update."""
+
+    @property
+    def extra(self) -> Tree: ...
+
+
+U = TypeVar("U", bound=Answer)
 Sums = dict[str, tuple[int, Tensor]]
 """Name of a leaf -> how many clients sent it, and their sum in float64."""
 EPS = 1e-6
@@ -178,7 +188,6 @@ def class_gradients(
     stream: Callable[[str], torch.Generator],
     weight: Tensor,
     bias: Tensor,
-    *,
     repeats: int = 10,
     images: int = 32,
 ) -> Tree:
@@ -201,13 +210,13 @@ def class_gradients(
     return found
 
 
-def add_gradients(sums: Sums, answer: Tree) -> Sums:
-    """``sums`` with one client's answer added, in float64, so that memory does not grow with the number of clients."""
-    added = dict(sums)
-    for k, g in answer.items():
-        clients, total = sums.get(k, (0, torch.zeros_like(g, dtype=torch.float64)))
-        added[k] = (clients + 1, total + g.double())
-    return added
+def gathering(updates: Iterable[U], sums: Sums) -> Iterator[U]:
+    """The updates as they pass, their gradients added up in ``sums`` (in place), so that memory does not grow with the clients."""
+    for u in updates:
+        for k, g in u.extra.items():
+            clients, total = sums.get(k, (0, torch.zeros_like(g, dtype=torch.float64)))
+            sums[k] = clients + 1, total + g.double()
+        yield u
 
 
 def mean_gradients(sums: Sums, classes: int) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -221,3 +230,40 @@ def mean_gradients(sums: Sums, classes: int) -> tuple[Tensor, Tensor, Tensor] | 
     means = {k: (v / n).float() for k, (n, v) in sums.items()}
     weights, biases = (torch.stack([means[f"grad/{c}/{leaf}"] for c in seen]) for leaf in ("weight", "bias"))
     return torch.tensor(seen, device=weights.device), weights, biases
+
+
+def fresh_state(like: Tensor, per_class: int, features: torch.Generator, head: torch.Generator) -> Tree:
+    """What the server keeps, at its start: "features" (C * per_class, d) from N(0, 1), and a random "head/weight" and "head/bias".
+
+    ``like``: the classifier's weight (C, d); rows of features are sorted by class.
+    """
+    drawn = torch.randn(per_class * len(like), like.shape[1], generator=features).to(like)
+    weight, bias = fresh_head(like, head)
+    return {"features": drawn, "head/weight": weight, "head/bias": bias}
+
+
+def match_and_retrain(
+    kept: Tree,
+    sums: Sums,
+    draws: torch.Generator,
+    *,
+    match_steps: int = 100,
+    match_lr: float = 0.1,
+    head_epochs: int = 300,
+    head_lr: float = 0.01,
+    head_batch: int = 32,
+    pull: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tree:
+    """What the server keeps after a round: features matched to the clients' mean gradients, then a new head trained on all of them.
+
+    ``kept`` as from :func:`fresh_state`; ``sums`` as from :func:`gathering`. The head that the clients used is the one the features
+    are matched under; the new one starts afresh from ``draws``, which then also draws its batches.
+    """
+    features, weight, bias = kept["features"], kept["head/weight"], kept["head/bias"]
+    labels = torch.arange(len(bias), device=bias.device).repeat_interleave(len(features) // len(bias))
+    means = mean_gradients(sums, len(bias))
+    if means is not None:
+        features = feature_match(features, labels, *means, weight, bias, steps=match_steps, lr=match_lr, pull=pull)
+    fresh = fresh_head(weight, draws)
+    weight, bias = retrain_head(features, labels, *fresh, draws, epochs=head_epochs, lr=head_lr, batch=head_batch)
+    return {"features": features, "head/weight": weight, "head/bias": bias}

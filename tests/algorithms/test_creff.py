@@ -160,9 +160,9 @@ def test_server_numbers_come_from_named_streams_alone() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"features": 0}, "federate.method.features: CReFF needs at least 1, not 0"),
+        ({"features": 0}, "federate.method.features: CReFF needs a finite number >= 1, not 0"),
         ({"head_batch": 0}, "federate.method.head_batch"),
-        ({"match_lr": -0.1}, "federate.method.match_lr: CReFF needs a number >= 0, not -0.1"),
+        ({"match_lr": -0.1}, "federate.method.match_lr: CReFF needs a finite number >= 0, not -0.1"),
         ({"head_lr": float("nan")}, "federate.method.head_lr"),
     ],
 )

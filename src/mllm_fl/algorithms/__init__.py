@@ -22,6 +22,7 @@ METHODS = {
     "ratioloss": "mllm_fl.algorithms.ratioloss:RatioLoss",
     "taunorm": "mllm_fl.algorithms.taunorm:TauNorm",
     "creff": "mllm_fl.algorithms.creff:CReFF",
+    "clip2fl": "mllm_fl.algorithms.clip2fl:CLIP2FL",
     "scaffold": "mllm_fl.algorithms.scaffold:Scaffold",
     "logitadjust": "mllm_fl.algorithms.logitadjust:LogitAdjust",
     "balancedsoftmax": "mllm_fl.algorithms.balancedsoftmax:BalancedSoftmax",

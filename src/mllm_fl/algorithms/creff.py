@@ -22,7 +22,7 @@ gradients are tiny, D is not scale-free. Stage 3 aligns w with w's own head: h, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -32,15 +32,7 @@ from torch import Tensor
 from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Shard, Task, Update
 from mllm_fl.data.dsa import siamese
 from mllm_fl.errors import UserError
-from mllm_fl.matching import (
-    Sums,
-    add_gradients,
-    class_gradients,
-    feature_match,
-    fresh_head,
-    mean_gradients,
-    retrain_head,
-)
+from mllm_fl.matching import Sums, class_gradients, fresh_state, gathering, match_and_retrain
 from mllm_fl.trees import Tree, prefixed, under
 
 
@@ -64,18 +56,14 @@ class CReFF(Algorithm):
     dsa: bool = True
     retrain: bool = True
     neutral: ClassVar[dict[str, Any]] = {"retrain": False}
-    uploads: ClassVar[str] = (
-        "for each class a client holds, the mean gradient of the head on its images: C (d + 1) floats"
-    )
+    uploads: ClassVar[str] = "for each class it holds, the mean gradient of the head: C (d + 1) floats"
     downloads: ClassVar[str] = "the retrained head: C (d + 1) floats"
 
     def __post_init__(self) -> None:
-        for name in ("features", "head_batch", "repeats", "images"):
-            if getattr(self, name) < 1:
-                raise UserError(f"federate.method.{name}", f"CReFF needs at least 1, not {getattr(self, name)}")
-        for name in ("match_steps", "match_lr", "head_epochs", "head_lr"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"federate.method.{name}", f"CReFF needs a number >= 0, not {getattr(self, name)}")
+        for name, value in vars(self).items():
+            least = 1 if name in ("features", "head_batch", "repeats", "images") else 0
+            if not least <= value < float("inf"):
+                raise UserError(f"federate.method.{name}", f"CReFF needs a finite number >= {least}, not {value}")
 
     def upload_bytes(self, task: Task, present: int) -> int:
         return present * self.download_bytes(task)
@@ -86,12 +74,8 @@ class CReFF(Algorithm):
     def init(self, task: Task, w: Tree) -> Server:
         if not self.retrain:
             return Server(w=w)
-        like = w[task.head[0]]
-        drawn = torch.randn(self.features * len(like), like.shape[1], generator=task.stream("federated features"))
-        weight, bias = fresh_head(like, task.stream("head", 0))
-        return Server(
-            w, {k: v.to(like) for k, v in (("features", drawn), ("head/weight", weight), ("head/bias", bias))}
-        )
+        draws = task.stream("federated features"), task.stream("head", 0)
+        return Server(w, fresh_state(w[task.head[0]], self.features, *draws))
 
     def broadcast(self, s: Server) -> Broadcast:
         return Broadcast(s.w, prefixed(under(s.extra, "head/"), "head/"))
@@ -103,12 +87,10 @@ class CReFF(Algorithm):
         head = msg.extra["head/weight"], msg.extra["head/bias"]
 
         def feature_of(positions: list[int], draws: torch.Generator) -> Tensor:
-            x = shard.x(positions)
-            return task.forward(msg.w, (siamese(x, draws) if self.dsa else x).to(head[0]), train=False)[0]
+            x = shard.x(positions).to(head[0])
+            return task.forward(msg.w, siamese(x, draws) if self.dsa else x, train=False)[0]
 
-        return mine | class_gradients(
-            shard.y, feature_of, shard.stream, *head, repeats=self.repeats, images=self.images
-        )
+        return mine | class_gradients(shard.y, feature_of, shard.stream, *head, self.repeats, self.images)
 
     def finish(self, task: Task, local: Local, msg: Broadcast, mine: Tree) -> tuple[Update, Tree]:
         update, kept = super().finish(task, local, msg, mine)
@@ -119,25 +101,12 @@ class CReFF(Algorithm):
         if not self.retrain:
             return super().server(task, s, updates)
         sums: Sums = {}
-
-        def watched() -> Iterator[Update]:
-            nonlocal sums
-            for u in updates:
-                sums = add_gradients(sums, u.extra)
-                yield u
-
-        s = super().server(task, s, watched())
-        features, weight, bias = (s.extra[k] for k in ("features", "head/weight", "head/bias"))
-        labels = torch.arange(len(bias), device=bias.device).repeat_interleave(self.features)
-        means = mean_gradients(sums, len(bias))
-        if means is not None:
-            features = feature_match(features, labels, *means, weight, bias, steps=self.match_steps, lr=self.match_lr)
-        draws = task.stream("head", s.round + 1)
-        weight, bias = retrain_head(
-            features, labels, *fresh_head(weight, draws), draws,
-            epochs=self.head_epochs, lr=self.head_lr, batch=self.head_batch,
+        s = super().server(task, s, gathering(updates, sums))  # w^{t+1} is FedAvg's
+        kept = match_and_retrain(
+            s.extra, sums, task.stream("head", s.round + 1), match_steps=self.match_steps, match_lr=self.match_lr,
+            head_epochs=self.head_epochs, head_lr=self.head_lr, head_batch=self.head_batch,
         )  # fmt: skip
-        return replace(s, extra={"features": features, "head/weight": weight, "head/bias": bias})
+        return replace(s, extra=kept)
 
     def deploy(self, task: Task, s: Server) -> Tree:
         if not self.retrain:
