@@ -28,7 +28,8 @@ ROWS: dict[str, dict[str, Any]] = {  # name -> fields under which the method mus
     **{k: {} for k in ("fedavgm", "fednova", "feddf", "fedbe", "ccvr", "fedfocal", "ratioloss", "taunorm", "scaffold")},
     **{k: {} for k in ("logitadjust", "balancedsoftmax", "fedyoyo")},
     "creff": {"features": 5, "match_steps": 10, "head_epochs": 10, "repeats": 2},
-    "clip2fl": {"features": 5, "head_epochs": 10, "alpha": 0.0, "contrast": 0.0},  # this toy has no teacher and no texts
+    # this toy has no teacher and no texts
+    "clip2fl": {"features": 5, "head_epochs": 10, "alpha": 0.0, "contrast": 0.0},
 }
 METHOD = pytest.mark.parametrize("name", sorted(METHODS))
 
