@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
+from tests import tiny_llava
 
 from mllm_fl.config import Config, from_dict
+from mllm_fl.data.check import leaks
 from mllm_fl.data.images import ImageSet
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event
 from mllm_fl.stages import chain
+from mllm_fl.stages.align import AlignConfig
+from mllm_fl.stages.annotate import AnnotateConfig
+from mllm_fl.stages.pretrain import PretrainConfig
 from mllm_fl.trees import digest
 
 RAW: dict[str, Any] = {
@@ -160,6 +168,68 @@ def test_test_images_in_the_alignment_set_stop_the_run_unless_declared(
         ]
         == 10
     )
+
+
+def web_folder(root: Path, test: ImageSet, size: int) -> Path:
+    """A folder of images per class in which one image of the first class is the first test image, stored as it is: 8 x 8."""
+    (path, shape) = (root / "web", (size, size, 3))
+    for c, name in enumerate(test.class_names):
+        (path / name).mkdir(parents=True)
+        for i in range(2):
+            noise = np.random.default_rng(100 * c + i).integers(0, 256, shape, dtype=np.uint8)
+            Image.fromarray(noise).save(path / name / f"{i}.png")
+    stored = next(iter(test.pairs([0])))[0]
+    Image.fromarray(stored.transpose(1, 2, 0).copy()).save(path / test.class_names[0] / "2.png")
+    return path
+
+
+def test_a_test_image_among_the_open_or_alignment_images_is_found_before_anything_is_paid_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is stored at another size than the test images are read at: equal only as stored."""
+    c = config(name="paid", data=RAW["data"] | {"image_size": 24}, align=False, annotate=False, pretrain=False)
+    test = chain.federation_of(c).test
+    web = web_folder(tmp_path, test, 48)
+    for name in ("annotate", "pretrain", "load_clip"):
+
+        def paid(*args: Any, name: str = name, **kwargs: Any) -> None:
+            raise AssertionError(name)
+
+        monkeypatch.setattr(chain, name, paid)
+    asked = dataclasses.replace(
+        c,
+        annotate=AnnotateConfig(source=f"folder:{web}", images=30, image_size=16),
+        pretrain=PretrainConfig(steps=1),
+    )
+    says = r"data.leaks_declared: 1 images are also in the test set \((train/test: 0, )?open/test: 1\)"
+    for stage in (chain.run, chain.pretrain_stage):
+        with pytest.raises(UserError, match=says):
+            stage(asked, tmp_path)
+    aligned = dataclasses.replace(c, align=AlignConfig(source=f"folder:{web}", per_class=2, seed=2))
+    drawn = chain.alignment_images(aligned, chain.federation_of(c))
+    assert drawn.class_names == test.class_names  # zero, one, ..., not in the order of the folders' names
+    assert drawn.labels.tolist() == [k for k in range(10) for _ in range(2)]
+    assert leaks(drawn.subset([0, 1]), test) == leaks(drawn, test) == 1  # the copy, which this seed draws
+    with pytest.raises(UserError, match=r"\(train/test: 0, align/test: 1\)"):
+        chain.run(aligned, tmp_path)
+    chain.run(c, tmp_path)
+    with pytest.raises(UserError, match=r"1 images are also in the test set \(align/test: 1\)"):
+        chain.align_finished(aligned, tmp_path)
+
+
+def test_a_finished_corpus_is_checked_itself_when_its_source_is_gone(tmp_path: Path) -> None:
+    c = config(data=RAW["data"] | {"image_size": 24})
+    test = chain.federation_of(c).test
+    asked = dataclasses.replace(
+        c, annotate=AnnotateConfig(source=f"folder:{web_folder(tmp_path, test, 48)}", images=30)
+    )
+    corpus = tiny_llava.corpus(chain.corpus_path(asked, tmp_path))
+    assert chain.open_leaks(asked, tmp_path, chain.known(test)) == 1
+    shutil.rmtree(tmp_path / "web")
+    assert chain.open_leaks(asked, tmp_path, chain.known(test)) == 0
+    stored = next(iter(test.pairs([7])))[0]
+    Image.fromarray(stored.transpose(1, 2, 0).copy()).save(corpus / "images/3.png")
+    assert chain.open_leaks(asked, tmp_path, chain.known(test)) == 1
 
 
 def test_unknown_alignment_source_is_refused() -> None:

@@ -181,7 +181,9 @@ def _from_binary(
             raise UserError(
                 place, f"{members[0]} names class {labels.max()} of {len(names)}", f"use the whole {layout.archive}"
             )
-        images = fit_all(rows[:, layout.label_bytes :].reshape(-1, 3, 32, 32), size)
-        return ImageSet(name, MemoryPixels(torch.from_numpy(images.copy())), labels, names, MEAN, STD)
+        native = rows[:, layout.label_bytes :].reshape(-1, 3, 32, 32)
+        pixels = torch.from_numpy(fit_all(native, size).copy())
+        store = MemoryPixels(pixels, None if size == 32 else native)
+        return ImageSet(name, store, labels, names, MEAN, STD)
 
     return split(layout.train, source), split((layout.test,), f"{source} test")

@@ -31,7 +31,8 @@ def load_digits(size: int = 16) -> tuple[ImageSet, ImageSet]:
     small, labels = raw_digits()
     grey = np.rint(small * (255 / 16)).astype(np.uint8)
     large = np.stack([np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BILINEAR)) for x in grey])
-    whole = ImageSet("digits", MemoryPixels(torch.from_numpy(large)[:, None].repeat(1, 3, 1, 1)), labels, NAMES)
+    native = np.broadcast_to(grey[:, None], (len(grey), 3, 8, 8))
+    whole = ImageSet("digits", MemoryPixels(torch.from_numpy(large)[:, None].repeat(1, 3, 1, 1), native), labels, NAMES)
     train: list[int] = []
     for c in range(10):
         of_class = np.flatnonzero(labels == c)

@@ -151,8 +151,9 @@ def _render(
         found = torch.cat(blocks), scenes
         if cache:
             glyph_cache.save(cache, key, *found)
-    pixels = cells_to_images(found[0], size)
-    return ImageSet("glyphs", MemoryPixels(pixels), labels.astype(np.int64), names), found[1]
+    native = cells_to_images(found[0], 8).numpy()  # resizing 8 to 8 changes nothing
+    pixels = MemoryPixels(cells_to_images(found[0], size), native)
+    return ImageSet("glyphs", pixels, labels.astype(np.int64), names), found[1]
 
 
 def cells_to_images(cells: Tensor, image_size: int) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Pair = tuple[np.ndarray, np.ndarray]
+"""One image twice, uint8 (3, height, width): as it is stored, and as it is used; the same object where nothing was resized."""
 
 
 class Pixels(Protocol):
@@ -21,18 +24,31 @@ class Pixels(Protocol):
         """The images at these positions: uint8, shape (n, 3, height, width)."""
         ...
 
+    def pairs(self, indices: Sequence[int]) -> Iterator[Pair]:
+        """Each image as it is stored, decoded but neither resized nor cut, and as :meth:`read` gives it: what a leak is looked for in."""
+        ...
+
 
 @dataclass(frozen=True)
 class MemoryPixels:
-    """Pixels that lie in memory: ``tensor`` is uint8, shape (N, 3, height, width)."""
+    """Pixels that lie in memory: ``tensor`` is uint8, shape (N, 3, height, width).
+
+    ``native``: the same images before they were resized, uint8 (N, 3, height, width); None where they were not.
+    """
 
     tensor: Tensor
+    native: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tensor)
 
     def read(self, indices: Sequence[int]) -> Tensor:
         return self.tensor[torch.as_tensor(np.asarray(indices, dtype=np.int64))]
+
+    def pairs(self, indices: Sequence[int]) -> Iterator[Pair]:
+        for i in indices:
+            used = self.tensor[i].numpy()
+            yield (used if self.native is None else self.native[i]), used
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,9 @@ class _Selected:
 
     def read(self, indices: Sequence[int]) -> Tensor:
         return self.pixels.read(self.positions[np.asarray(indices, dtype=np.int64)].tolist())
+
+    def pairs(self, indices: Sequence[int]) -> Iterator[Pair]:
+        return self.pixels.pairs(self.positions[np.asarray(indices, dtype=np.int64)].tolist())
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,10 @@ class ImageSet:
         """The images at these positions: uint8, shape (n, 3, height, width)."""
         return self.pixels.read(indices)
 
+    def pairs(self, indices: Sequence[int]) -> Iterator[Pair]:
+        """See :meth:`Pixels.pairs`."""
+        return self.pixels.pairs(indices)
+
     def normalised(self, indices: Sequence[int]) -> Tensor:
         """The images at these positions: float32, shape (n, 3, height, width), (x/255 - mean) / std."""
         mean = torch.tensor(self.mean).view(1, 3, 1, 1)
@@ -92,7 +115,7 @@ class ImageSet:
         return [int(n) for n in np.bincount(self.labels, minlength=len(self.class_names))]
 
     def hashes(self) -> list[str]:
-        """SHA-256 of each image's pixels and shape, in order: the identity used by every leak check."""
+        """SHA-256 of each image's pixels and shape as they are used, in order."""
         out = []
         for i in range(len(self)):
             x = self.read([i])[0].contiguous().numpy()

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor
 from mllm_fl.data import manifest as manifests
 from mllm_fl.data.decode import to_array, to_rgb
 from mllm_fl.data.federation import Federation
-from mllm_fl.data.images import ImageSet, Pixels
+from mllm_fl.data.images import ImageSet, Pair, Pixels
 from mllm_fl.data.parquet import load_split, split_files
 from mllm_fl.errors import UserError
 from mllm_fl.seeds import numpy_stream
@@ -146,13 +146,20 @@ class SparsePixels:
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """The images at these positions: uint8, shape (n, 3, height, width); an unpacked position is an error."""
+        return self.pixels.read(self._packed(indices))
+
+    def pairs(self, indices: Sequence[int]) -> Iterator[Pair]:
+        """As packed, and as used. A pack holds the images as its maker used them: what they were before is not in it."""
+        return self.pixels.pairs(self._packed(indices))
+
+    def _packed(self, indices: Sequence[int]) -> list[int]:
         wanted = np.asarray(indices, dtype=np.int64)
         rows = self.rows[wanted]
         if (rows < 0).any():
             raise UserError(
                 self.place, f"training image {wanted[rows < 0][0]} was not packed", "pack it with more leftovers"
             )
-        return self.pixels.read(rows.tolist())
+        return [int(row) for row in rows]
 
 
 class _Joined:
@@ -176,6 +183,11 @@ class _Joined:
         out[torch.from_numpy(~late)] = early
         out[torch.from_numpy(late)] = self.second.read((wanted[late] - len(self.first)).tolist())
         return out
+
+    def pairs(self, indices: Sequence[int]) -> Iterator[Pair]:
+        n = len(self.first)
+        for i in indices:
+            yield from self.first.pairs([i]) if i < n else self.second.pairs([i - n])
 
 
 def load_pack(folder: str | Path, size: int | None = None) -> Federation:

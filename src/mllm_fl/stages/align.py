@@ -11,10 +11,11 @@ hundred images would bias them), after every aggregation, the aligned model is w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +62,21 @@ class AlignConfig:
             raise UserError("align.temperature", f"{self.temperature} is not positive")
         if not 0 < self.lr <= 1000:
             raise UserError("align.lr", f"{self.lr} is not in (0, 1000]")
+
+
+def in_order_of(class_names: Sequence[str], images: ImageSet) -> ImageSet:
+    """The images of these classes, labelled in their order; a folder's own classes are sorted by name.
+
+    Raises:
+        UserError: a class is missing.
+    """
+    missing = [n for n in class_names if n not in images.class_names]
+    if missing:
+        raise UserError("align.source", f"{images.name} has no class {missing[0]!r}", "one folder a class, same names")
+    number = np.full(len(images.class_names), -1)
+    number[[images.class_names.index(n) for n in class_names]] = np.arange(len(class_names))
+    kept = images.subset(np.flatnonzero(number[images.labels] >= 0).tolist())
+    return replace(kept, labels=number[kept.labels], class_names=tuple(class_names))
 
 
 def balanced(images: ImageSet, per_class: int, generator: torch.Generator) -> ImageSet:

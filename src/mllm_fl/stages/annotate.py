@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,7 +26,8 @@ from mllm_fl.annotate.ledger import Entry, Key, Ledger, born, canonical
 from mllm_fl.annotate.prompts import KINDS, Prompt, prompts_for
 from mllm_fl.annotate.records import Record, save
 from mllm_fl.data import glyph_cache
-from mllm_fl.data.decode import EXTENSIONS, fit, to_array, to_rgb
+from mllm_fl.data.check import Prints, prints, prints_of
+from mllm_fl.data.decode import EXTENSIONS, THREADS, fit, to_array, to_rgb
 from mllm_fl.data.files import write_whole
 from mllm_fl.data.folder import image_files
 from mllm_fl.data.glyphs import render_glyphs
@@ -390,6 +392,34 @@ def _source(config: AnnotateConfig, unreadable: dict[str, str]) -> Iterator[tupl
         if config.image_size is not None:
             drawn = fit(drawn, config.image_size)
         yield torch.from_numpy(to_array(drawn).copy()), None
+
+
+def open_prints(config: AnnotateConfig, size: int) -> list[Prints] | None:
+    """The open images' hashes for a leak check, before anybody is asked about them; None when their folder is not there.
+
+    As stored: the files' own pixels, whatever ``image_size`` makes of them, or a rendered character's counts. As used: at ``size``.
+    """
+    if config.source == "glyphs":
+        return list(prints(render_glyphs(config.images, config.seed, image_size=size)[0]))
+    root = Path(config.source.removeprefix("folder:"))
+    return _prints_of_files(_chosen(config, root), size) if root.is_dir() else None
+
+
+def corpus_prints(corpus: Corpus, size: int) -> list[Prints]:
+    """The same of a corpus that is there, whose source may be gone."""
+    return _prints_of_files([corpus.folder / image for image in corpus.images], size)
+
+
+def _prints_of_files(files: Sequence[Path], size: int) -> list[Prints]:
+    def one(path: Path) -> Prints | None:
+        try:
+            picture = to_rgb(path)
+        except ValueError:
+            return None  # annotation lists it as unreadable
+        return prints_of(to_array(picture), to_array(fit(picture, size)))
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [p for p in pool.map(one, files) if p is not None]
 
 
 def _chosen(config: AnnotateConfig, root: Path) -> list[Path]:

@@ -7,22 +7,22 @@ what they depend on, beside the runs that use them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mllm_fl.algorithms.base import Task
 from mllm_fl.annotate.corpus import Corpus
 from mllm_fl.config import Config
-from mllm_fl.data.check import leaks
+from mllm_fl.data.check import known, leaks
 from mllm_fl.data.describe import summary
 from mllm_fl.data.federation import Federation
 from mllm_fl.data.federation import build as build_federation
 from mllm_fl.data.folder import all_images
 from mllm_fl.data.glyphs import glyph_set
-from mllm_fl.data.images import ImageSet, MemoryPixels
+from mllm_fl.data.images import ImageSet
 from mllm_fl.data.longtail import groups
 from mllm_fl.data.manifest import load as load_manifest
 from mllm_fl.data.manifest import save as save_manifest
@@ -34,8 +34,8 @@ from mllm_fl.models.network import Network, build_network
 from mllm_fl.models.teacher.clip import load_clip
 from mllm_fl.runs import RunFolder, config_hash, differences, environment, read_json, read_rows
 from mllm_fl.seeds import stream
-from mllm_fl.stages.align import AlignConfig, Aligner, balanced, leftovers, make_aligner
-from mllm_fl.stages.annotate import annotate
+from mllm_fl.stages.align import AlignConfig, Aligner, balanced, in_order_of, leftovers, make_aligner
+from mllm_fl.stages.annotate import annotate, corpus_prints, open_prints
 from mllm_fl.stages.federate import federate, outcome
 from mllm_fl.stages.pretrain import pretrain
 from mllm_fl.stages.server import unlabelled_images
@@ -74,12 +74,17 @@ def annotate_stage(config: Config, root: Path, progress: Progress = silent) -> P
     return path
 
 
-def pretrain_stage(config: Config, root: Path, progress: Progress = silent) -> Tree:
-    """Stage 1b: the compact network's weights after pretraining on the corpus (backbone and adapter; a fresh classifier)."""
+def pretrain_stage(config: Config, root: Path, progress: Progress = silent, *, checked: bool = False) -> Tree:
+    """Stage 1b: the compact network's weights after pretraining on the corpus (backbone and adapter; a fresh classifier).
+
+    Unless they were ``checked``, the open images are held against the test images first, before anybody is asked about them.
+    """
     assert config.pretrain is not None
+    train = federation_of(config).train
+    if not checked:
+        _check_leaks(config, {"open/test": open_leaks(config, root, known(federation_of(config).test))})
     corpus = annotate_stage(config, root, progress)
     network = _network(config)
-    train = federation_of(config).train
     return pretrain(
         config.pretrain, network, corpus, pretrain_path(config, root),
         seed=config.seed, mean=train.mean, std=train.std, progress=progress,
@@ -107,10 +112,21 @@ def federation_of(config: Config) -> Federation:
     return _federations[key]
 
 
-def open_images(config: Config, root: Path, federation: Federation) -> ImageSet:
-    """The corpus's images at the size of the test images, to be compared with them; unlabelled."""
-    pixels = Corpus.open(corpus_path(config, root)).pixels(federation.test.read([0]).shape[-1])
-    return ImageSet("open images", MemoryPixels(pixels), np.full(len(pixels), -1), ())
+def open_leaks(config: Config, root: Path, test: frozenset[str]) -> int:
+    """How many open images are test images: of the source, or of the finished corpus when the source is gone."""
+    if config.annotate is None:
+        return 0  # refused by annotate_stage
+    size = _side(federation_of(config))
+    found = open_prints(config.annotate, size)
+    if found is None:
+        path = corpus_path(config, root)
+        found = corpus_prints(Corpus.open(path), size) if (path / "records.json").exists() else []
+    return leaks(found, test)
+
+
+def _side(federation: Federation) -> int:
+    """Pixels a side of the images that clients train on."""
+    return int(federation.test.read([0]).shape[-1])
 
 
 def alignment_images(config: Config, federation: Federation) -> ImageSet:
@@ -118,31 +134,21 @@ def alignment_images(config: Config, federation: Federation) -> ImageSet:
     assert config.align is not None
     c = config.align
     if c.source == "glyphs":
-        size = federation.test.read([0]).shape[-1]
-        images, _ = glyph_set(federation.class_names, c.per_class, c.seed, image_size=size)
+        images, _ = glyph_set(federation.class_names, c.per_class, c.seed, image_size=_side(federation))
         return dataclasses.replace(images, mean=federation.train.mean, std=federation.train.std)
     if c.source == "leftover":
         return leftovers(federation, c.per_class, stream(c.seed, "d_align"))
     if c.source.startswith("folder:"):
-        size = federation.test.read([0]).shape[-1]
-        images = all_images(c.source.removeprefix("folder:"), size)
-        if images.class_names != federation.class_names:
-            missing = [n for n in federation.class_names if n not in images.class_names]
-            raise UserError(
-                "align.source",
-                f"its classes do not match the federation's (missing: {missing[:5]})",
-                "one folder a class, same names",
-            )
+        images = all_images(c.source.removeprefix("folder:"), _side(federation))
         images = dataclasses.replace(images, mean=federation.train.mean, std=federation.train.std)
-        return balanced(images, c.per_class, stream(c.seed, "d_align"))
+        return balanced(in_order_of(federation.class_names, images), c.per_class, stream(c.seed, "d_align"))
     raise UserError("align.source", f"unknown source {c.source!r}", "use glyphs, leftover or folder:PATH")
 
 
-def aligner_of(config: Config, federation: Federation) -> tuple[Aligner, ImageSet] | tuple[None, None]:
-    """Stage 3 made ready: D_align and the teacher's zero-shot logits on it; (None, None) when [align] is off."""
-    if config.align is None:
-        return None, None
-    images = alignment_images(config, federation)
+def aligner_of(config: Config, federation: Federation, images: ImageSet | None) -> Aligner | None:
+    """Stage 3 made ready: D_align's ``images`` and the teacher's zero-shot logits on them; None when [align] is off."""
+    if config.align is None or images is None:
+        return None
     teacher = None
     if config.align.beta > 0:
         clip = load_clip(config.teacher.name)
@@ -150,7 +156,7 @@ def aligner_of(config: Config, federation: Federation) -> tuple[Aligner, ImageSe
         def teacher(x: torch.Tensor) -> torch.Tensor:
             return clip.zero_shot(x, federation.class_names, config.teacher.templates or None)
 
-    return make_aligner(config.align, images, teacher), images
+    return make_aligner(config.align, images, teacher)
 
 
 def task_of(config: Config, federation: Federation, network: Network) -> Task:
@@ -183,24 +189,22 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
             return folder.final
         federation = federation_of(config)
         network = _network(config)
+        task = task_of(config, federation, network)
+        aligned_on = alignment_images(config, federation) if config.align is not None else None
+        sets = {
+            "train": federation.subset,
+            "align": aligned_on,
+            "unlabelled": task.unlabelled,
+            "labelled": task.labelled,
+        }
+        found = leaks_of(config, root, federation, sets)  # before anything is paid for
         w: Tree = clone(network.state_dict())
         if config.pretrain is not None:
-            w = fit(pretrain_stage(config, root, progress), w, pretrain_path(config, root))
-        aligner, aligned_on = aligner_of(config, federation)
+            w = fit(pretrain_stage(config, root, progress, checked=True), w, pretrain_path(config, root))
+        aligner = aligner_of(config, federation, aligned_on)
         if aligned_on is not None:
             progress(Event("prepare", 1, 1, f"{len(aligned_on)} alignment images"))
-        found = {"train/test": leaks(federation.subset, federation.test)}
-        if aligned_on is not None:
-            found["align/test"] = leaks(aligned_on, federation.test)
-        if config.pretrain is not None:
-            found["open/test"] = leaks(open_images(config, root, federation), federation.test)
-        _check_leaks(config, found)
         _begin(folder, federation, command)
-        task = task_of(config, federation, network)
-        for name, images in (("unlabelled", task.unlabelled), ("labelled", task.labelled)):
-            if images is not None:
-                found[f"{name}/test"] = leaks(images, federation.test)
-        _check_leaks(config, found)
         state = federate(
             config.federate,
             task,
@@ -279,10 +283,10 @@ def align_finished(config: Config, root: Path, progress: Progress = silent) -> d
         network = _network(config)
         w = fit(load_checkpoint(path / "model.safetensors")[0], clone(network.state_dict()), path / "model.safetensors")
         task = Task(network, federation.class_names, tuple(map(len, federation.clients)), config.seed)
-        aligner, images = aligner_of(config, federation)
-        assert aligner is not None and images is not None
-        found = {"align/test": leaks(images, federation.test)}
-        _check_leaks(config, found)
+        images = alignment_images(config, federation)
+        found = leaks_of(dataclasses.replace(config, pretrain=None), root, federation, {"align": images})
+        aligner = aligner_of(config, federation, images)
+        assert aligner is not None
         aligned, loss = aligner(task, w, config.federate.rounds)
         progress(Event("align", 1, 1, f"loss {loss:.3f}"))
         scores = evaluate(task, aligned, federation.test)
@@ -298,6 +302,20 @@ def align_finished(config: Config, root: Path, progress: Progress = silent) -> d
         }  # fmt: skip
         folder.write_json("aligned.json", final)
         return final
+
+
+def leaks_of(config: Config, root: Path, federation: Federation, sets: Mapping[str, ImageSet | None]) -> dict[str, int]:
+    """Test images among each set, and among the open images if the run pretrains: ``{"align/test": 0, ...}``.
+
+    Raises:
+        UserError: more than ``data.leaks_declared``.
+    """
+    test = known(federation.test)
+    found = {f"{name}/test": leaks(images, test) for name, images in sets.items() if images is not None}
+    if config.pretrain is not None:
+        found["open/test"] = open_leaks(config, root, test)
+    _check_leaks(config, found)
+    return found
 
 
 def _check_leaks(config: Config, found: dict[str, int]) -> None:
