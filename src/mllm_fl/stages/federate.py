@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from mllm_fl.algorithms import find
 from mllm_fl.algorithms.base import Algorithm, FedAvg, Server, Shard, Task, Update
@@ -31,7 +32,7 @@ from mllm_fl.engines.serial import run_clients
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
 from mllm_fl.metrics import summarise
-from mllm_fl.runs import RunFolder, differences, read_rows
+from mllm_fl.runs import RunFolder, differences, read_json, read_rows
 from mllm_fl.seeds import numpy_stream
 from mllm_fl.stages.align import Aligner
 from mllm_fl.stages.server import ServerConfig
@@ -90,11 +91,14 @@ def federate(
     *,
     batch_norm: str = "average",
     aligner: Aligner | None = None,
+    teacher: Mapping[int, Tensor] | None = None,
     progress: Progress = silent,
 ) -> Server:
     """Run or resume the rounds from the weights ``w``; rows go to the run folder as they come.
 
-    Returns the server's state after the last round. Killed at any moment and called again with the same arguments, it
+    ``teacher``: each client's rows of the frozen teacher's zero-shot logits, for methods that need them.
+
+    Returns the server's state after the last round, and after the survey if the method ``concludes``. Killed at any moment and called again with the same arguments, it
     ends with the same bytes in its weights, rounds.jsonl and clients.jsonl.
 
     Raises:
@@ -120,7 +124,9 @@ def federate(
     for t, online in zip(range(1, config.rounds + 1), draws, strict=False):
         if t <= state.round:
             continue
-        state, memory, row = _round(config, task, federation, state, memory, online, run, batch_norm, aligner, groups)
+        state, memory, row = _round(
+            config, task, federation, state, memory, online, run, batch_norm, aligner, groups, teacher or {}
+        )
         run.append("rounds.jsonl", [row])
         if t % config.checkpoint_every == 0 or t == config.rounds:
             _refuse_other_form(config.algorithm, state, fresh)
@@ -128,6 +134,28 @@ def federate(
         if row["accuracy"] is not None:
             note = f"accuracy {row['accuracy']:.1%}"
         progress(Event("federate", t, config.rounds, note))
+    return concluded(config, task, federation, state, run, progress) if config.method.concludes else state
+
+
+def concluded(
+    config: FederateConfig, task: Task, federation: Federation, state: Server, run: RunFolder, progress: Progress
+) -> Server:
+    """The state after every client that has images was asked about the final model; what they sent is counted in survey.json."""
+    start, sent, msg = time.perf_counter(), 0, config.method.broadcast(state)
+    asked = [k for k, held in enumerate(federation.clients) if held]
+
+    def answers() -> Iterator[tuple[int, Tree]]:
+        nonlocal sent
+        for i, k in enumerate(asked):
+            answer = config.method.survey(task, msg, Shard(k, state.round + 1, federation.client(k), task.seed))
+            sent += nbytes(answer)
+            progress(Event("survey", i + 1, len(asked), "all clients answer"))
+            yield k, answer
+
+    state = config.method.conclude(task, state, answers())
+    seconds = time.perf_counter() - start
+    down = len(asked) * (nbytes(msg.w) + nbytes(msg.extra))
+    run.write_json("survey.json", {"clients": len(asked), "bytes_up": sent, "bytes_down": down, "seconds": seconds})
     return state
 
 
@@ -142,12 +170,15 @@ def _round(
     batch_norm: str,
     aligner: Aligner | None,
     groups: Groups,
+    teacher: Mapping[int, Tensor],
 ) -> tuple[Server, dict[int, Tree], dict[str, Any]]:
     t = state.round + 1
     start = time.perf_counter()
     msg = config.method.broadcast(state)
     down = nbytes(msg.w) + nbytes(msg.extra)
-    shards = [Shard(k, t, federation.client(k), task.seed) for k in online if len(federation.clients[k])]
+    shards = [
+        Shard(k, t, federation.client(k), task.seed, teacher.get(k)) for k in online if len(federation.clients[k])
+    ]
     rows: list[dict[str, Any]] = []
     memory = dict(memory)
     client_seconds = 0.0
@@ -296,10 +327,12 @@ def outcome(
     """The numbers of a finished run, for final.json: last round, mean of the last 20, maximum, EMA, bytes, seconds."""
     rows, timings = read_rows(run.path / "rounds.jsonl"), read_rows(run.path / "timings.jsonl")
     confusion = evaluate(task, config.method.deploy(task, state), test)
+    surveyed = read_json(run.path / "survey.json") if config.method.concludes else {}
     seconds = {
         name: sum(r[f"{key}_seconds"] for r in timings)
         for name, key in (("clients", "client"), ("server", "server"), ("align", "align"), ("evaluate", "eval"))
     }
+    seconds["server"] += surveyed.get("seconds", 0.0)
     return {
         "algorithm": config.algorithm,
         "rounds": config.rounds,
@@ -307,8 +340,8 @@ def outcome(
         "last": confusion.scores(groups) | {"confusion": confusion.counts.tolist()},
         **summarise([(r["round"], r["accuracy"]) for r in rows if r["accuracy"] is not None]),
         "accuracy_before_align": rows[-1]["accuracy_before_align"],
-        "bytes_up": sum(r["bytes_up"] for r in rows),
-        "bytes_down": sum(r["bytes_down"] for r in rows),
+        "bytes_up": sum(r["bytes_up"] for r in rows) + surveyed.get("bytes_up", 0),
+        "bytes_down": sum(r["bytes_down"] for r in rows) + surveyed.get("bytes_down", 0),
         "rejected": sum(r["rejected"] for r in rows),
         "seconds": seconds,
         "method": vars(config.method) | {},

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mllm_fl.algorithms.base import Algorithm, Server, Shard, Task
+from mllm_fl.algorithms.base import Algorithm, Server, Task
 from mllm_fl.config import Config, from_dict
 from mllm_fl.data.longtail import groups
 from mllm_fl.engines.checkpoint import fit, load_checkpoint
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.errors import UserError
-from mllm_fl.events import Event, Progress, silent
+from mllm_fl.events import Progress, silent
 from mllm_fl.models.network import build_network
 from mllm_fl.runs import RunFolder, config_hash, differences, environment, read_json
 from mllm_fl.stages.chain import federation_of, run_path, save_model
+from mllm_fl.stages.federate import concluded
 from mllm_fl.toml import read_toml, to_dict
-from mllm_fl.trees import clone, digest, nbytes
+from mllm_fl.trees import clone, digest
 
 ROUND_HOOKS = ("init", "broadcast", "begin", "objective", "correct", "finish", "server")
 FREE = (
@@ -80,17 +80,12 @@ def from_finished(
             raise UserError(weights, "is not the model that the run's final.json describes", "run the federation again")
         task = Task(network, federation.class_names, tuple(map(len, federation.clients)), config.seed)
         state = Server(w=w, round=before["rounds"])
-        start, sent = time.perf_counter(), 0
         if method.concludes:
-            msg, answers = method.broadcast(state), []
-            for k in (k for k, held in enumerate(federation.clients) if held):
-                shard = Shard(k, state.round + 1, federation.client(k), task.seed)
-                answers.append((k, method.survey(task, msg, shard)))
-                sent += nbytes(answers[-1][1])
-                progress(Event("survey", k + 1, len(federation.clients), "all clients answer"))
-            state = method.conclude(task, state, answers)
+            state = concluded(config.federate, task, federation, state, folder, progress)
+        survey = (
+            read_json(path / "survey.json") if method.concludes else {"bytes_up": 0, "bytes_down": 0, "seconds": 0.0}
+        )
         deployed = method.deploy(task, state)
-        seconds = time.perf_counter() - start
         scores = evaluate(task, deployed, federation.test)
         save_model(path / "model.safetensors", deployed, config, federation)
         final = before | {
@@ -98,8 +93,8 @@ def from_finished(
             "algorithm": config.federate.algorithm, "method": to_dict(method), "mean_last": None, "max": None, "ema": None,
             "from": {"run": before["name"], "weights_sha256": before["weights_sha256"], "accuracy": before["last"]["accuracy"]},
             "last": scores.scores(groups(federation.class_counts)) | {"confusion": scores.counts.tolist()},
-            "weights_sha256": digest(deployed), "uploads_beyond_weights": method.uploads, "bytes_up": before["bytes_up"] + sent,
-            "seconds": before["seconds"] | {"server": before["seconds"]["server"] + seconds, "total": before["seconds"]["total"] + seconds},
+            "weights_sha256": digest(deployed), "uploads_beyond_weights": method.uploads, "bytes_up": before["bytes_up"] + survey["bytes_up"], "bytes_down": before["bytes_down"] + survey["bytes_down"],
+            "seconds": before["seconds"] | {"server": before["seconds"]["server"] + survey["seconds"], "total": before["seconds"]["total"] + survey["seconds"]},
             "environment": environment(), "command": command,
         }  # fmt: skip
         folder.write_json("final.json", final)
