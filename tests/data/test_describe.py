@@ -46,6 +46,8 @@ def test_pixels_are_not_touched() -> None:
         def read(self, indices: object) -> Any:
             raise AssertionError("read")
 
+        pairs = read
+
     from mllm_fl.data.federation import make_manifest
 
     labels = np.repeat(np.arange(10), 5000)

@@ -16,7 +16,7 @@ from PIL import Image
 from tests import tiny_llava
 
 from mllm_fl.config import Config, from_dict
-from mllm_fl.data.check import leaks
+from mllm_fl.data.check import known, leaks
 from mllm_fl.data.images import ImageSet
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event
@@ -224,12 +224,12 @@ def test_a_finished_corpus_is_checked_itself_when_its_source_is_gone(tmp_path: P
         c, annotate=AnnotateConfig(source=f"folder:{web_folder(tmp_path, test, 48)}", images=30)
     )
     corpus = tiny_llava.corpus(chain.corpus_path(asked, tmp_path))
-    assert chain.open_leaks(asked, tmp_path, chain.known(test)) == 1
+    assert chain.open_leaks(asked, tmp_path, known(test)) == 1
     shutil.rmtree(tmp_path / "web")
-    assert chain.open_leaks(asked, tmp_path, chain.known(test)) == 0
+    assert chain.open_leaks(asked, tmp_path, known(test)) == 0
     stored = next(iter(test.pairs([7])))[0]
     Image.fromarray(stored.transpose(1, 2, 0).copy()).save(corpus / "images/3.png")
-    assert chain.open_leaks(asked, tmp_path, chain.known(test)) == 1
+    assert chain.open_leaks(asked, tmp_path, known(test)) == 1
 
 
 def test_unknown_alignment_source_is_refused() -> None:
