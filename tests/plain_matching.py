@@ -13,8 +13,8 @@ from torch import Tensor
 def distance(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> Tensor:
     """Sum over the rows of the weight, and the bias as one row, of 1 - cosine, 1e-6 beside the product of norms."""
     total = torch.zeros((), dtype=got[0].dtype)
-    for a, b in [*zip(got[0], wanted[0], strict=True), (got[1], wanted[1])]:
-        total = total + 1 - a @ b / (a.norm() * b.norm() + 1e-6)
+    for a, b in ((got[0], wanted[0]), (got[1][None], wanted[1][None])):
+        total = total + (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-6)).sum()
     return total
 
 
