@@ -38,7 +38,7 @@ from mllm_fl.stages.align import AlignConfig, Aligner, balanced, in_order_of, le
 from mllm_fl.stages.annotate import annotate, corpus_prints, open_prints
 from mllm_fl.stages.federate import federate, outcome
 from mllm_fl.stages.pretrain import pretrain
-from mllm_fl.stages.server import unlabelled_images
+from mllm_fl.stages.server import clients_logits, unlabelled_images
 from mllm_fl.toml import to_dict
 from mllm_fl.trees import Tree, clone, digest
 
@@ -204,6 +204,10 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
         aligner = aligner_of(config, federation, aligned_on)
         if aligned_on is not None:
             progress(Event("prepare", 1, 1, f"{len(aligned_on)} alignment images"))
+        teacher = None
+        if "teacher" in config.federate.method.needs:
+            progress(Event("prepare", 0, 1, "the teacher's logits on the clients' images"))
+            teacher = clients_logits(config.teacher, federation, root / config.experiment / "logits")
         _begin(folder, federation, command)
         state = federate(
             config.federate,
@@ -213,10 +217,11 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
             folder,
             batch_norm=config.model.batch_norm,
             aligner=aligner,
+            teacher=teacher,
             progress=progress,
         )
         found_groups = groups(federation.class_counts)
-        final = outcome(config.federate, task, state, federation.test, found_groups, folder)
+        final = outcome(config.federate, task, state, federation.test, found_groups, folder, aligner)
         save_model(path / "model.safetensors", config.federate.method.deploy(task, state), config, federation)
         final = {
             "experiment": config.experiment, "name": path.name, "arm": config.name, "seed": config.seed,

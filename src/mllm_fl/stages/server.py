@@ -6,9 +6,11 @@ Only what the method ``needs`` is made. Whatever is made is compared with the te
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mllm_fl.data.config import DataConfig
 from mllm_fl.data.federation import Federation
@@ -16,6 +18,8 @@ from mllm_fl.data.glyphs import glyph_set
 from mllm_fl.data.images import ImageSet
 from mllm_fl.data.sources import load_source
 from mllm_fl.errors import UserError
+from mllm_fl.models.teacher.clip import TeacherConfig, load_clip
+from mllm_fl.models.teacher.logits import teacher_logits
 from mllm_fl.seeds import stream
 
 NEIGHBOUR = {"cifar10": "cifar100", "cifar100": "cifar10", "digits": "glyphs"}
@@ -78,3 +82,15 @@ def unlabelled_images(config: ServerConfig, data: DataConfig, federation: Federa
     return replace(
         images, labels=np.full(len(images), -1, dtype=np.int64), mean=federation.train.mean, std=federation.train.std
     )
+
+
+def clients_logits(config: TeacherConfig, federation: Federation, cache: Path) -> dict[int, Tensor]:
+    """Each client's rows (n_k, C) of the teacher's zero-shot logits on its images, un-augmented; computed once and kept in ``cache``.
+
+    In a simulation one process plays all clients; on real devices each computes or is given its own.
+    """
+    logits = teacher_logits(
+        load_clip(config.name), federation.subset, federation.class_names, cache, config.templates or None
+    )
+    row = {image: i for i, image in enumerate(sorted(i for held in federation.clients for i in held))}
+    return {k: logits[[row[i] for i in held]] for k, held in enumerate(federation.clients) if held}
