@@ -54,6 +54,14 @@ def test_one_seed_carries_the_deviation_over_its_rounds_and_says_so() -> None:
     assert all("selected on test" in notes[-1] for notes in (footnotes(rows), footnotes([])))
 
 
+def test_a_run_that_was_aligned_once_is_named_where_the_columns_are_of_two_models() -> None:
+    rows = compare([final("plain", 0, 0.5, curve="plain"), final("once", 0, 0.5, curve="unaligned")])
+    (said,) = [n for n in footnotes(rows) if n.startswith("Aligned once")]
+    assert "(once): last and the groups are the aligned model's, the mean over rounds, EMA and max those of the" in said
+    assert said in to_markdown(rows)
+    assert not any("Aligned once" in n for n in footnotes(rows[:1]))
+
+
 def test_equal_arm_and_seed_are_not_two_seeds() -> None:
     same, other = final("a", 0, 0.5), final("a", 0, 0.7, config_hash="other")
     assert [r.seeds for r in compare([same, same])] == [(0,)]

@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from tests import toy
 
-from mllm_fl.algorithms.base import Broadcast, FedAvg, Shard
+from mllm_fl.algorithms.base import Broadcast, FedAvg, Server, Shard, Task
 from mllm_fl.data.check import leaks, pixel_hashes
+from mllm_fl.data.longtail import groups
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.engines.local import LocalConfig, train_client
 from mllm_fl.errors import UserError
 from mllm_fl.runs import RunFolder, read_rows
 from mllm_fl.seeds import stream
 from mllm_fl.stages.align import AlignConfig, balanced, leftovers, make_aligner
-from mllm_fl.stages.federate import FederateConfig, federate
-from mllm_fl.trees import digest, weighted_mean
+from mllm_fl.stages.federate import FederateConfig, federate, outcome
+from mllm_fl.trees import Tree, digest, weighted_mean
 
 CONFIG = AlignConfig(per_class=4, steps=5, batch_size=6, lr=0.05, augment="none")
 
@@ -136,6 +137,58 @@ def test_after_every_aggregation_or_once_at_the_end(tmp_path: Path) -> None:
             rows = read_rows(run.path / "rounds.jsonl")
         assert [r["align_loss"] is not None for r in rows] == expected
         assert rows[-1]["accuracy_before_align"] is not None
+
+
+def test_aligned_once_the_curve_stays_unaligned_and_the_last_number_stands_apart(tmp_path: Path) -> None:
+    fed = toy.federation()
+    task, w = toy.task(fed)
+    config = FederateConfig(rounds=3, clients_per_round=2, report_last=2, local=LocalConfig(epochs=1, augment="none"))
+    once = dataclasses.replace(CONFIG, when="end", lr=0.3, steps=30)
+    aligner = make_aligner(once, balanced(fed.train, 4, stream(0, "x")), None)
+    with RunFolder(tmp_path / "plain", {}) as run:
+        federate(config, task, fed, w, run)
+        plain = read_rows(run.path / "rounds.jsonl")
+    with RunFolder(tmp_path / "once", {}) as run:
+        state = federate(config, task, fed, w, run, aligner=aligner)
+        rows = read_rows(run.path / "rounds.jsonl")
+        final = outcome(config, task, state, fed.test, groups(fed.class_counts), run, aligner)
+    keys = ("accuracy", "class_weighted", "per_class", "many", "medium", "few")
+    assert [[r[k] for k in keys] for r in rows] == [[r[k] for k in keys] for r in plain]
+    assert final["curve"] == "unaligned"
+    assert final["last"]["accuracy"] == evaluate(task, state.w, fed.test).scores(None)["accuracy"]
+    assert final["accuracy_before_align"] == rows[-1]["accuracy"] != final["last"]["accuracy"]
+    assert final["mean_last"]["mean"] == (plain[-1]["accuracy"] + plain[-2]["accuracy"]) / 2
+    assert (final["mean_last"]["rounds"], final["mean_last"]["n"]) == (2, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnHead(FedAvg):
+    """Like CReFF, it ships a head that it keeps beside the global weights."""
+
+    def init(self, task: Task, w: Tree) -> Server:
+        return Server(w, {k: torch.full_like(w[k], 0.25) for k in task.head})
+
+    def deploy(self, task: Task, s: Server) -> Tree:
+        return s.w | s.extra
+
+
+def test_what_is_aligned_is_w_and_what_is_shipped_otherwise_is_named(tmp_path: Path) -> None:
+    fed = toy.federation()
+    task, w = toy.task(fed)
+    config = FederateConfig(rounds=1, clients_per_round=2, local=LocalConfig(epochs=1, augment="none"))
+    aligner = make_aligner(CONFIG, balanced(fed.train, 4, stream(0, "x")), None)
+    for method, otherwise in ((FedAvg(), []), (OwnHead(), list(task.head))):
+        with RunFolder(tmp_path / type(method).__name__, {}) as run:
+            state = federate(dataclasses.replace(config, method=method), task, fed, w, run, aligner=aligner)
+            final = outcome(
+                dataclasses.replace(config, method=method), task, state, fed.test, groups([20] * 3), run, aligner
+            )
+        assert final["deployed_otherwise"] == otherwise
+        assert final["curve"] == "aligned"
+        assert all(not torch.equal(state.w[k], w[k]) for k in task.head)  # w is aligned, head included
+        shipped = method.deploy(task, state)
+        assert final["weights_sha256"] == digest(shipped)
+        assert all(bool((shipped[k] == 0.25).all()) == bool(otherwise) for k in task.head)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ def points(value: Value | None) -> str:
 
 def _rule(found: Found) -> tuple[str, tuple[str, ...]]:
     windows = {number(r.final, "mean_last", "rounds") or number(r.final, "mean_last", "n") for r in found.runs}
-    if len(windows) == 1 and None not in windows:
+    once = any(r.final.get("curve") == "unaligned" for r in found.runs)  # then only the last number knows the alignment
+    if len(windows) == 1 and None not in windows and not once:
         return f"mean over the evaluated rounds among the last {windows.pop():g}", ("mean_last", "mean")
     return "last round", ("last", "accuracy")
 

@@ -36,13 +36,15 @@ class Value:
 class Row:
     """One arm. ``values`` holds the columns of SCORES (fractions) and COSTS (bytes, seconds); None where unknown.
 
-    ``rounds``: what "the last rounds" of ``mean_last`` are, 20 in our runs; None where the run has no such mean.
+    ``rounds``: what "the last rounds" of ``mean_last`` are, 20 in our runs; None where the run has no such mean. ``aligned_once``: only
+    ``last`` and the groups are the aligned model's, the numbers over rounds those of the rounds before.
     """
 
     arm: str
     seeds: tuple[int, ...]
     values: Mapping[str, Value | None]
     rounds: int | None = None
+    aligned_once: bool = False
 
 
 def number(final: Mapping[str, Any], *path: str) -> float | None:
@@ -102,7 +104,8 @@ def _row(arm: str, group: list[Mapping[str, Any]]) -> Row:
     windows = {number(f, "mean_last", "rounds") or number(f, "mean_last", "n") for f in group}
     window = windows.pop() if len(windows) == 1 else None
     seeds = tuple(sorted(f["seed"] for f in group if isinstance(f.get("seed"), int)))
-    return Row(arm, seeds, values, None if window is None else int(window))
+    once = any(f.get("curve") == "unaligned" for f in group)
+    return Row(arm, seeds, values, None if window is None else int(window), once)
 
 
 def _text(final: Mapping[str, Any], key: str) -> str:
@@ -155,6 +158,12 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
         lines.append(f"{seeds} seeds: mean ± sample standard deviation over seeds.")
         if counts[0] <= 1:
             lines.append("Where there is one seed, ± of the mean of the last rounds is over those rounds.")
+    once = [plain(r.arm) for r in rows if r.aligned_once]
+    if once:
+        lines.append(
+            f"Aligned once, after the last round ({', '.join(once)}): last and the groups are the aligned model's, "
+            "the mean over rounds, EMA and max those of the unaligned rounds."
+        )
     return [*lines, "* The best round is selected on test images: an upper bound, not a result."]
 
 

@@ -7,6 +7,11 @@ MLLM-LLaVA-FL (arXiv:2409.06067), §3.3:
 
 The paper gives no size, optimiser, step count or moment. Ours: SGD, all parameters, BatchNorm statistics frozen (a few
 hundred images would bias them), after every aggregation, the aligned model is what the next round broadcasts.
+
+What is aligned are the server's weights w, which the next round broadcasts; a method's ``deploy`` comes after that. So the shipped model of
+tau-normalisation is the normalised aligned one, and a head that CReFF retrains beside w is not aligned: final.json names such leaves in
+``deployed_otherwise``. With ``when = "end"`` the rounds are those of the method alone, and so are the means over rounds; only ``last`` is the aligned
+model (``curve`` = "unaligned"). ``mllm-fl align`` on a finished run aligns what was shipped, head included.
 """
 
 from __future__ import annotations

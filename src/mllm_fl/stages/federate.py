@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mllm_fl.algorithms import find
@@ -45,7 +46,8 @@ class FederateConfig:
 
     ``sampling``: "creff" draws the online clients from one legacy NumPy stream seeded with the data seed, as CReFF's code
     does; "uniform" from the named stream (run, "sampling", round). Evaluated every ``evaluate_every`` rounds and in each of the
-    last ``evaluate_last``. ``limit``: an update with a value beyond it in magnitude is dropped.
+    last ``evaluate_last``; ``report_last``: the last rounds whose evaluated ones make the mean that a run is quoted with.
+    ``limit``: an update with a value beyond it in magnitude is dropped.
     """
 
     algorithm: str = "fedavg"
@@ -55,6 +57,7 @@ class FederateConfig:
     evaluate_every: int = 1
     evaluate_last: int = 10
     checkpoint_every: int = 1
+    report_last: int = 20
     limit: float = 1e6
     engine: Literal["serial"] = "serial"
     local: LocalConfig = field(default_factory=LocalConfig)
@@ -62,7 +65,7 @@ class FederateConfig:
     method: Algorithm = field(default_factory=FedAvg)
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "clients_per_round", "evaluate_every", "checkpoint_every"):
+        for name in ("rounds", "clients_per_round", "evaluate_every", "checkpoint_every", "report_last"):
             if getattr(self, name) < 1:
                 raise UserError(f"federate.{name}", f"{getattr(self, name)} is below 1")
         if not isinstance(self.method, find(self.algorithm)):
@@ -113,7 +116,7 @@ def federate(
     memory: dict[int, Tree] = {}
     checkpoint = run.path / "checkpoint.safetensors"
     lengths: dict[str, int] = {}
-    given = _given(task, federation, w, aligner)
+    given = _given(task, federation, w, aligner, teacher or {})
     if checkpoint.exists():
         state, memory, lengths = _load(checkpoint, fresh, given)
         run.event("resumed", round=state.round)
@@ -218,10 +221,11 @@ def _round(
         state = replace(config.method.server(task, state, itertools.chain([first], updates)), round=t)
     aggregated = time.perf_counter()
     evaluated = t % config.evaluate_every == 0 or t > config.rounds - config.evaluate_last
-    before, align_loss = None, None
-    if aligner is not None and (aligner.config.when == "every-round" or t == config.rounds):
+    before: dict[str, Any] = {}
+    align_loss, once = None, aligner is not None and aligner.config.when == "end"
+    if aligner is not None and (not once or t == config.rounds):
         if t == config.rounds:
-            before = evaluate(task, config.method.deploy(task, state), federation.test).scores(None)["accuracy"]
+            before = evaluate(task, config.method.deploy(task, state), federation.test).scores(groups)
         w, align_loss = aligner(task, state.w, t)
         problem = why_not_finite({k: v for k, v in w.items() if v.dtype.is_floating_point}, config.limit)
         if problem:
@@ -229,7 +233,9 @@ def _round(
         state = replace(state, w=w)
     aligned = time.perf_counter()
     row: dict[str, Any] = {"round": t, "clients": online, "evaluated": evaluated}
-    if evaluated:
+    if evaluated and once and before:  # the curve stays unaligned; the aligned model is `last` in final.json
+        row |= before
+    elif evaluated:
         row |= evaluate(task, config.method.deploy(task, state), federation.test).scores(groups)
     else:
         row |= dict.fromkeys(("accuracy", "class_weighted", "per_class", "many", "medium", "few"))
@@ -241,7 +247,7 @@ def _round(
         "bytes_up": sum(r["bytes_up"] for r in rows),
         "bytes_down": sum(r["bytes_down"] for r in rows),
         "rejected": len(rows) - len(ok),
-        "accuracy_before_align": before,
+        "accuracy_before_align": before.get("accuracy"),
         "align_loss": align_loss,
     }
     run.append("clients.jsonl", rows)
@@ -273,7 +279,9 @@ def _finite(v: float | None) -> float | None:
     return float(v) if v is not None and np.isfinite(v) else None
 
 
-def _given(task: Task, federation: Federation, w: Tree, aligner: Aligner | None) -> dict[str, str]:
+def _given(
+    task: Task, federation: Federation, w: Tree, aligner: Aligner | None, teacher: Mapping[int, Tensor]
+) -> dict[str, str]:
     """What the rounds depend on beside the configuration, as SHA-256: a checkpoint is continued with equal inputs only."""
     given = {"w0": digest(w), "manifest": federation.manifest.sha256}
     if aligner is not None:
@@ -286,6 +294,8 @@ def _given(task: Task, federation: Federation, w: Tree, aligner: Aligner | None)
     if task.texts is not None:
         given["texts"] = digest({"texts": task.texts})
     return given
+    if teacher:
+        given["teacher"] = digest({str(k): v for k, v in teacher.items()})
 
 
 def _refuse_other_form(algorithm: str, state: Server, fresh: Server) -> None:
@@ -322,11 +332,23 @@ def _load(path: Path, fresh: Server, given: dict[str, str]) -> tuple[Server, dic
 
 
 def outcome(
-    config: FederateConfig, task: Task, state: Server, test: ImageSet, groups: Groups, run: RunFolder
+    config: FederateConfig,
+    task: Task,
+    state: Server,
+    test: ImageSet,
+    groups: Groups,
+    run: RunFolder,
+    aligner: Aligner | None = None,
 ) -> dict[str, Any]:
-    """The numbers of a finished run, for final.json: last round, mean of the last 20, maximum, EMA, bytes, seconds."""
+    """The numbers of a finished run, for final.json: last, mean of the last ``report_last`` rounds, maximum, EMA, bytes, seconds.
+
+    ``last`` is the model that is shipped. ``curve`` says which models the other three describe: "plain", "aligned", or "unaligned" where
+    the model was aligned once after the last round. ``deployed_otherwise``: leaves in which the shipped model is not the one that
+    was averaged and aligned, because the method deploys its own in their place or transforms them.
+    """
     rows, timings = read_rows(run.path / "rounds.jsonl"), read_rows(run.path / "timings.jsonl")
-    confusion = evaluate(task, config.method.deploy(task, state), test)
+    deployed = config.method.deploy(task, state)
+    confusion = evaluate(task, deployed, test)
     surveyed = read_json(run.path / "survey.json") if config.method.concludes else {}
     seconds = {
         name: sum(r[f"{key}_seconds"] for r in timings)
@@ -338,13 +360,15 @@ def outcome(
         "rounds": config.rounds,
         "class_names": list(task.class_names),
         "last": confusion.scores(groups) | {"confusion": confusion.counts.tolist()},
-        **summarise([(r["round"], r["accuracy"]) for r in rows if r["accuracy"] is not None]),
+        **summarise([(r["round"], r["accuracy"]) for r in rows if r["accuracy"] is not None], last=config.report_last),
+        "curve": "plain" if aligner is None else "unaligned" if aligner.config.when == "end" else "aligned",
+        "deployed_otherwise": [k for k, v in deployed.items() if k not in state.w or not torch.equal(v, state.w[k])],
         "accuracy_before_align": rows[-1]["accuracy_before_align"],
         "bytes_up": sum(r["bytes_up"] for r in rows) + surveyed.get("bytes_up", 0),
         "bytes_down": sum(r["bytes_down"] for r in rows) + surveyed.get("bytes_down", 0),
         "rejected": sum(r["rejected"] for r in rows),
         "seconds": seconds,
         "method": vars(config.method) | {},
-        "weights_sha256": digest(config.method.deploy(task, state)),
+        "weights_sha256": digest(deployed),
         "uploads_beyond_weights": type(config.method).uploads,
     }
