@@ -69,6 +69,8 @@ def train_client(
     """
     trainable = task.trainable
     w = clone(msg.w)
+    if task.channels_last:
+        w = {k: v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v for k, v in w.items()}
     kept = under(mine, _BN)
     mine = {k: v for k, v in mine.items() if not k.startswith(_BN)}
     _begin_batch_norm(w, kept, batch_norm)

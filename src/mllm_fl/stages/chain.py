@@ -173,7 +173,11 @@ def task_of(config: Config, federation: Federation, network: Network) -> Task:
             federation.class_names, config.teacher.templates or None
         )
     population = tuple(len(c) for c in federation.clients)
-    return Task(network, federation.class_names, population, config.seed, unlabelled, labelled, texts)
+    engine = config.federate.engine
+    return Task(
+        network, federation.class_names, population, config.seed, unlabelled, labelled, texts,
+        engine.precision, engine.layout == "channels_last",
+    )  # fmt: skip
 
 
 def run(config: Config, root: Path, *, progress: Progress = silent, command: str = "") -> dict[str, Any]:
@@ -287,7 +291,7 @@ def align_finished(config: Config, root: Path, progress: Progress = silent) -> d
         federation = federation_of(config)
         network = _network(config)
         w = fit(load_checkpoint(path / "model.safetensors")[0], clone(network.state_dict()), path / "model.safetensors")
-        task = Task(network, federation.class_names, tuple(map(len, federation.clients)), config.seed)
+        task = task_of(config, federation, network)
         images = alignment_images(config, federation)
         found = leaks_of(dataclasses.replace(config, pretrain=None), root, federation, {"align": images})
         aligner = aligner_of(config, federation, images)

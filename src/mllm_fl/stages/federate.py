@@ -27,6 +27,7 @@ from mllm_fl.data.longtail import Groups
 from mllm_fl.data.longtail import groups as groups_of
 from mllm_fl.data.manifest import sha256_of
 from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
+from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.engines.local import LocalConfig
 from mllm_fl.engines.serial import run_clients
@@ -59,7 +60,7 @@ class FederateConfig:
     checkpoint_every: int = 1
     report_last: int = 20
     limit: float = 1e6
-    engine: Literal["serial"] = "serial"
+    engine: EngineConfig = field(default_factory=EngineConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     method: Algorithm = field(default_factory=FedAvg)

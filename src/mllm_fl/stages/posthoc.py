@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mllm_fl.algorithms.base import Algorithm, Server, Task
+from mllm_fl.algorithms.base import Algorithm, Server
 from mllm_fl.config import Config, from_dict
 from mllm_fl.data.longtail import groups
 from mllm_fl.engines.checkpoint import fit, load_checkpoint
@@ -16,7 +16,7 @@ from mllm_fl.errors import UserError
 from mllm_fl.events import Progress, silent
 from mllm_fl.models.network import build_network
 from mllm_fl.runs import RunFolder, config_hash, differences, environment, read_json
-from mllm_fl.stages.chain import federation_of, run_path, save_model
+from mllm_fl.stages.chain import federation_of, run_path, save_model, task_of
 from mllm_fl.stages.federate import concluded
 from mllm_fl.toml import read_toml, to_dict
 from mllm_fl.trees import clone, digest
@@ -78,7 +78,7 @@ def from_finished(
         w = fit(load_checkpoint(weights)[0], clone(network.state_dict()), weights)
         if digest(w) != before["weights_sha256"]:
             raise UserError(weights, "is not the model that the run's final.json describes", "run the federation again")
-        task = Task(network, federation.class_names, tuple(map(len, federation.clients)), config.seed)
+        task = task_of(config, federation, network)
         state = Server(w=w, round=before["rounds"])
         if method.concludes:
             state = concluded(config.federate, task, federation, state, folder, progress)
