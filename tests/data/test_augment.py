@@ -73,6 +73,6 @@ def test_the_generator_alone_decides() -> None:
 
 
 def test_padding_scales_with_the_image_and_modes_are_checked() -> None:
-    assert [scaled_padding(size) for size in (16, 32, 64, 224)] == [2, 4, 8, 28]
+    assert [scaled_padding(size) for size in (4, 8, 16, 28, 32, 64, 224)] == [1, 1, 2, 4, 4, 8, 28]
     with pytest.raises(UserError, match="use 'batch' or 'sample'"):
         augment(ramp(1), generator(), padding=1, flip=True, mode="stars")

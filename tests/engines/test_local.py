@@ -11,7 +11,7 @@ from tests import toy
 
 from mllm_fl.algorithms.base import Broadcast, FedAvg, Shard
 from mllm_fl.data.augment import augment
-from mllm_fl.engines.local import LocalConfig, train_client
+from mllm_fl.engines.local import LocalConfig, augmented, train_client
 from mllm_fl.errors import UserError
 from mllm_fl.models.network import ModelConfig, build_network
 from mllm_fl.seeds import stream
@@ -90,6 +90,15 @@ def test_batch_norm_policy_decides_what_a_client_starts_from(policy: str) -> Non
     assert first == (0.0 if policy == "reset" else 5.0)
     assert (seen[0] == first) == (policy != "local")  # its own last statistics are neither 5 nor 0
     assert "backbone.bn.running_mean" in update.w
+
+
+@pytest.mark.parametrize("side", [8, 16, 28, 32])
+def test_clients_crop_with_the_padding_that_the_helper_says(side: int) -> None:
+    """Of digits (16) and CIFAR (32) 2 and 4 pixels; at 28 an eighth is no whole number and is rounded, not cut."""
+    x = torch.rand(3, 3, side, side, generator=stream(0, "x"))
+    padding = {8: 1, 16: 2, 28: 4, 32: 4}[side]
+    expected = augment(x, stream(0, "augment"), padding=padding, flip=True, mode="sample")
+    assert torch.equal(augmented(x, LocalConfig(aug_mode="sample"), stream(0, "augment")), expected)
 
 
 def test_last_partial_batch_is_kept_and_steps_are_counted() -> None:

@@ -14,8 +14,8 @@ AugmentMode = Literal["batch", "sample"]
 
 
 def scaled_padding(size: int) -> int:
-    """Padding in pixels that is to ``size`` what 4 is to CIFAR's 32, rounded."""
-    return round(4 * size / 32)
+    """Padding in pixels that is to ``size`` what 4 is to CIFAR's 32, rounded to nearest, at least 1."""
+    return max(1, round(4 * size / 32))
 
 
 def augment(x: Tensor, generator: torch.Generator, *, padding: int, flip: bool, mode: str) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Shard, Task, Update
-from mllm_fl.data.augment import augment
+from mllm_fl.data.augment import augment, scaled_padding
 from mllm_fl.errors import UserError
 from mllm_fl.trees import Tree, clone, prefixed, under
 
@@ -49,7 +49,7 @@ def augmented(x: Tensor, config: LocalConfig, generator: torch.Generator) -> Ten
     """The batch (b, 3, h, w), normalised, as a client sees it while training."""
     if config.augment == "none":
         return x
-    padding = max(1, x.shape[-1] // 8)
+    padding = scaled_padding(x.shape[-1])
     return augment(x, generator, padding=padding, flip=config.augment == "crop-flip", mode=config.aug_mode)
 
 
