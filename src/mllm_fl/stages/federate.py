@@ -57,8 +57,8 @@ class FederateConfig:
     sampling: Literal["creff", "uniform"] = "creff"
     evaluate_every: int = 1
     evaluate_last: int = 10
-    checkpoint_every: int = 1
     report_last: int = 20
+    checkpoint_every: int = 1
     limit: float = 1e6
     engine: EngineConfig = field(default_factory=EngineConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
@@ -294,9 +294,9 @@ def _given(
             given[name] = sha256_of([pixel_hashes(images), images.labels.tolist()])
     if task.texts is not None:
         given["texts"] = digest({"texts": task.texts})
-    return given
     if teacher:
         given["teacher"] = digest({str(k): v for k, v in teacher.items()})
+    return given
 
 
 def _refuse_other_form(algorithm: str, state: Server, fresh: Server) -> None:
