@@ -6,17 +6,17 @@ import torch
 
 from mllm_fl.algorithms.base import Task
 from mllm_fl.data.images import ImageSet
-from mllm_fl.metrics import Confusion
+from mllm_fl.metrics import Evaluation
 from mllm_fl.trees import Tree
 
 
 @torch.no_grad()
-def evaluate(task: Task, w: Tree, images: ImageSet, batch_size: int = 500) -> Confusion:
-    """Confusion matrix of the model ``w`` on ``images``; ``w`` is not changed."""
+def evaluate(task: Task, w: Tree, images: ImageSet, batch_size: int = 500) -> Evaluation:
+    """What the model ``w`` does on ``images``: confusion matrix and calibration; ``w`` is not changed."""
     classes = len(task.class_names)
-    total = Confusion(torch.zeros(classes, classes, dtype=torch.int64))
+    total = Evaluation.none(classes)
     labels = torch.from_numpy(images.labels)
     for batch in torch.split(torch.arange(len(images)), batch_size):
         logits = task.forward(w, images.normalised(batch.tolist()), train=False)[1]
-        total = total + Confusion.of(labels[batch], logits.argmax(1), classes)
+        total = total + Evaluation.of(labels[batch], logits)
     return total
