@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from mllm_fl.data.digits import load_digits
 from mllm_fl.errors import UserError
-from mllm_fl.models.teacher.clip import BUNDLED, ClipTeacher, TeacherConfig, load_clip
+from mllm_fl.models.teacher.clip import BUNDLED, ClipTeacher, TeacherConfig, load_clip, load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,49 @@ def test_underscores_are_spaces(mini: ClipTeacher) -> None:
     assert torch.equal(mini.class_embeddings(["the_digit_one"]), mini.class_embeddings(["the digit one"]))
 
 
+def test_underscores_are_kept_on_request(mini: ClipTeacher) -> None:
+    """One word with underscores is another text: unknown to the bundled vocabulary, so all such names are alike."""
+    kept = load_teacher(TeacherConfig(keep_underscores=True))
+    e = kept.class_embeddings(["digit_one", "digit_two"])
+    assert torch.equal(e[0], e[1]) and not torch.equal(e[0], mini.class_embeddings(["digit_one"])[0])
+    asked = load_teacher(TeacherConfig(templates=("the {}",)))
+    assert torch.equal(asked.class_embeddings(["one"]), mini.class_embeddings(["one"], ["the {}"]))
+    assert not torch.equal(asked.class_embeddings(["one"]), mini.class_embeddings(["one"]))
+    assert len({t.fingerprint for t in (mini, kept, asked)}) == 3
+
+
+def test_a_long_text_is_cut_at_the_models_positions_and_keeps_its_end(mini: ClipTeacher) -> None:
+    assert mini.tokenizer.model_max_length == 128 > mini.model.config.text_config.max_position_embeddings == 24
+    long = "the digit one " * 30
+    first = mini.encode_texts([long])
+    assert torch.equal(first, mini.encode_texts(["the digit one " * 8]))  # beyond 22 words nothing is read
+    assert not torch.equal(first, mini.encode_texts(["the digit two " * 30]))  # pooled at an end that is there
+
+
+@pytest.mark.parametrize(
+    ("end", "says"),
+    [
+        (2, "eos_token_id 2 makes CLIP pool its text at the highest token id"),
+        (5, "the model pools its text at token 5, but the tokenizer ends texts with 3"),
+        (None, "its tokenizer does not put the end token 3 after a text"),
+    ],
+)
+def test_a_tokenizer_that_ends_texts_where_the_model_does_not_pool_is_refused(
+    tmp_path: Path, end: int | None, says: str
+) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(BUNDLED / "mini-clip", folder)
+    config, words = (json.loads((folder / f).read_text()) for f in ("config.json", "tokenizer.json"))
+    if end is None:
+        words["post_processor"]["single"].pop()
+    else:
+        config["text_config"]["eos_token_id"] = end
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(UserError, match=says):
+        load_clip(str(folder))
+
+
 def test_fingerprint_changes_with_prompts_weights_and_preprocessing_only(mini: ClipTeacher, tmp_path: Path) -> None:
     def changed(name: str, file: str | None, old: bytes = b"", new: bytes = b"") -> ClipTeacher:
         folder = tmp_path / name
@@ -74,7 +117,9 @@ def test_fingerprint_changes_with_prompts_weights_and_preprocessing_only(mini: C
     assert prompts.templates[1] == "the {}"
     pixels = changed("pixels", "preprocessor_config.json", b"0.5", b"0.4")
     weights = changed("weights", "model.safetensors")
-    assert len({t.fingerprint for t in (mini, prompts, pixels, weights)}) == 4
+    words = changed("words", "tokenizer.json", b'"Lowercase"', b'"NFC"')
+    network = changed("network", "config.json", b'"gelu"', b'"relu"')
+    assert len({t.fingerprint for t in (mini, prompts, pixels, weights, words, network)}) == 6
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:

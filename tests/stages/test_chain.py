@@ -20,6 +20,8 @@ from mllm_fl.data.check import known, leaks
 from mllm_fl.data.images import ImageSet
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event
+from mllm_fl.models.teacher.clip import load_clip
+from mllm_fl.models.teacher.llava import fingerprint
 from mllm_fl.stages import chain
 from mllm_fl.stages.align import AlignConfig
 from mllm_fl.stages.annotate import AnnotateConfig
@@ -60,10 +62,13 @@ def test_all_stages_chained_and_the_second_arm_shares_their_work(root: Path) -> 
     assert {"annotate", "pretrain", "federate"} <= set(stages)
     assert final["leaks"] == {"train/test": 0, "align/test": 0, "open/test": 0}
     assert final["align"]["images"] == 40
+    assert final["teacher"] == load_clip("mini").record()
+    assert final["pretrained"]["teacher"]["fingerprint"] == fingerprint("mini")
     stages.clear()
     other = chain.run(config(name="no-align", align=False), root, progress=lambda e: stages.append(e.stage))
     assert "annotate" not in stages
     assert other["stages"] == {"pretrain": True, "align": False}
+    assert other["teacher"] is None and other["pretrained"] == final["pretrained"]
     assert len(list((root / "small").glob("corpus-*"))) == len(list((root / "small").glob("pretrain-*"))) == 1
 
 
@@ -134,6 +139,17 @@ def test_the_saved_model_is_the_one_that_was_measured(root: Path) -> None:
     assert float(right.double().mean()) == pytest.approx(final["last"]["accuracy"])
 
 
+def test_the_prompts_of_the_teacher_table_are_those_that_give_q() -> None:
+    c = config(teacher={"templates": ["the {}"]})
+    fed = chain.federation_of(c)
+    images = chain.alignment_images(c, fed)
+    asked, own = (chain.aligner_of(x, fed, images) for x in (c, config()))
+    assert asked is not None and own is not None and asked.teacher is not None
+    expected = load_clip("mini").zero_shot(images.read(range(len(images))), fed.class_names, ["the {}"])
+    assert torch.equal(asked.q_logits, expected) and not torch.equal(own.q_logits, expected)
+    assert asked.teacher["templates"] == ["the {}"]
+
+
 def test_alignment_alone_needs_a_finished_federation_and_then_aligns_it(root: Path) -> None:
     c = config(name="alone", pretrain=False, annotate=False)
     with pytest.raises(UserError, match="no finished federation here; run `mllm-fl federate`"):
@@ -145,6 +161,7 @@ def test_alignment_alone_needs_a_finished_federation_and_then_aligns_it(root: Pa
     assert json.loads((path / "aligned.json").read_text())["last"] == aligned["last"]
     assert json.loads((path / "final.json").read_text()) == plain
     assert (path / "aligned.safetensors").exists()
+    assert plain["teacher"] is None and aligned["teacher"]["fingerprint"] == load_clip("mini").fingerprint
 
 
 def test_test_images_in_the_alignment_set_stop_the_run_unless_declared(
@@ -190,7 +207,7 @@ def test_a_test_image_among_the_open_or_alignment_images_is_found_before_anythin
     c = config(name="paid", data=RAW["data"] | {"image_size": 24}, align=False, annotate=False, pretrain=False)
     test = chain.federation_of(c).test
     web = web_folder(tmp_path, test, 48)
-    for name in ("annotate", "pretrain", "load_clip"):
+    for name in ("annotate", "pretrain", "load_teacher"):
 
         def paid(*args: Any, name: str = name, **kwargs: Any) -> None:
             raise AssertionError(name)

@@ -16,9 +16,9 @@ model (``curve`` = "unaligned"). ``mllm-fl align`` on a finished run aligns what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -127,12 +127,16 @@ def leftovers(federation: Federation, per_class: int, generator: torch.Generator
 
 @dataclass(frozen=True)
 class Aligner:
-    """D_align with its teacher logits: ``x`` (n, 3, h, w) normalised, ``y`` (n,), ``q_logits`` (n, C); ready to be applied."""
+    """D_align with its teacher logits: ``x`` (n, 3, h, w) normalised, ``y`` (n,), ``q_logits`` (n, C); ready to be applied.
+
+    ``teacher``: what a run notes about the CLIP that gave q; None without one.
+    """
 
     config: AlignConfig
     x: Tensor
     y: Tensor
     q_logits: Tensor
+    teacher: Mapping[str, Any] | None = None
 
     def __call__(self, task: Task, w: Tree, round: int) -> tuple[Tree, float]:
         """The aligned weights (eq. 5), and the mean alignment loss over the steps. ``w`` is not changed."""

@@ -31,7 +31,7 @@ from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
 from mllm_fl.models.network import Network, build_network
-from mllm_fl.models.teacher.clip import load_clip
+from mllm_fl.models.teacher.clip import load_teacher
 from mllm_fl.runs import RunFolder, config_hash, differences, environment, read_json, read_rows
 from mllm_fl.seeds import stream
 from mllm_fl.stages.align import AlignConfig, Aligner, balanced, in_order_of, leftovers, make_aligner
@@ -149,14 +149,11 @@ def aligner_of(config: Config, federation: Federation, images: ImageSet | None) 
     """Stage 3 made ready: D_align's ``images`` and the teacher's zero-shot logits on them; None when [align] is off."""
     if config.align is None or images is None:
         return None
-    teacher = None
-    if config.align.beta > 0:
-        clip = load_clip(config.teacher.name)
-
-        def teacher(x: torch.Tensor) -> torch.Tensor:
-            return clip.zero_shot(x, federation.class_names, config.teacher.templates or None)
-
-    return make_aligner(config.align, images, teacher)
+    if config.align.beta == 0:
+        return make_aligner(config.align, images, None)
+    clip = load_teacher(config.teacher)
+    aligner = make_aligner(config.align, images, lambda x: clip.zero_shot(x, federation.class_names))
+    return dataclasses.replace(aligner, teacher=clip.record())
 
 
 def task_of(config: Config, federation: Federation, network: Network) -> Task:
@@ -169,9 +166,7 @@ def task_of(config: Config, federation: Federation, network: Network) -> Task:
         labelled = alignment_images(dataclasses.replace(config, align=balanced_set), federation)
     texts = None
     if "texts" in needs:
-        texts = load_clip(config.teacher.name).class_embeddings(
-            federation.class_names, config.teacher.templates or None
-        )
+        texts = load_teacher(config.teacher).class_embeddings(federation.class_names)
     population = tuple(len(c) for c in federation.clients)
     engine = config.federate.engine
     return Task(
@@ -233,6 +228,7 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
             "groups": to_dict(found_groups), "stages": {"pretrain": config.pretrain is not None, "align": config.align is not None},
             "align": None if aligned_on is None else {"source": aligned_on.name, "images": len(aligned_on)},
             "manifest_sha256": federation.manifest.sha256, "leaks": found, "environment": environment(), "command": command,
+            "teacher": _teacher_record(config, aligner), "pretrained": _pretrained_record(config, root),
             "environment_changes": [e["changes"] for e in read_rows(path / "events.jsonl") if e["event"] == "environment changed"],
             **final,
         }  # fmt: skip
@@ -241,6 +237,21 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
         folder.write_json("final.json", final)
         folder.event("finished")
         return final
+
+
+def _teacher_record(config: Config, aligner: Aligner | None) -> dict[str, Any] | None:
+    """The CLIP that gave q to the alignment, or logits or embeddings to the method; None where neither asked one."""
+    if aligner is not None and aligner.teacher is not None:
+        return dict(aligner.teacher)
+    return load_teacher(config.teacher).record() if {"texts", "teacher"} & set(config.federate.method.needs) else None
+
+
+def _pretrained_record(config: Config, root: Path) -> dict[str, Any] | None:
+    """Which teacher and corpus the initial weights came from; None without pretraining."""
+    if config.pretrain is None:
+        return None
+    made = read_json(pretrain_path(config, root) / "pretrain.json")
+    return {"teacher": made["teacher"], "corpus": made["what"]["corpus"], "weights_sha256": made["weights_sha256"]}
 
 
 def _begin(folder: RunFolder, federation: Federation, command: str) -> None:
@@ -307,7 +318,7 @@ def align_finished(config: Config, root: Path, progress: Progress = silent) -> d
             "stages": final["stages"] | {"align": True}, "leaks": final["leaks"] | found,
             "arm": f"{config.name}, aligned once", "before_align": final["last"], "mean_last": None, "max": None, "ema": None,
             "last": scores.scores(groups(federation.class_counts)) | {"confusion": scores.counts.tolist()},
-            "align": {"source": images.name, "images": len(images), **to_dict(config.align)},
+            "align": {"source": images.name, "images": len(images), **to_dict(config.align)}, "teacher": _teacher_record(config, aligner),
         }  # fmt: skip
         folder.write_json("aligned.json", final)
         return final

@@ -18,7 +18,7 @@ from mllm_fl.data.glyphs import glyph_set
 from mllm_fl.data.images import ImageSet
 from mllm_fl.data.sources import load_source
 from mllm_fl.errors import UserError
-from mllm_fl.models.teacher.clip import TeacherConfig, load_clip
+from mllm_fl.models.teacher.clip import TeacherConfig, load_teacher
 from mllm_fl.models.teacher.logits import teacher_logits
 from mllm_fl.seeds import stream
 
@@ -89,8 +89,6 @@ def clients_logits(config: TeacherConfig, federation: Federation, cache: Path) -
 
     In a simulation one process plays all clients; on real devices each computes or is given its own.
     """
-    logits = teacher_logits(
-        load_clip(config.name), federation.subset, federation.class_names, cache, config.templates or None
-    )
+    logits = teacher_logits(load_teacher(config), federation.subset, federation.class_names, cache)
     row = {image: i for i, image in enumerate(sorted(i for held in federation.clients for i in held))}
     return {k: logits[[row[i] for i in held]] for k, held in enumerate(federation.clients) if held}

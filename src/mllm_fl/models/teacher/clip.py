@@ -7,8 +7,9 @@ normalised mean of its normalised prompt embeddings.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from mllm_fl.errors import UserError
 from mllm_fl.models.bridge import bridge_torchvision
 from mllm_fl.models.teacher.llava import quiet
+from mllm_fl.trees import digest
 
 BUNDLED = Path(__file__).parent / "bundled"
 PLAIN = ("a photo of a {}",)  # CLIP2FL's and the paper's; the bundled teacher brings its own
@@ -30,10 +32,12 @@ class TeacherConfig:
     """``[teacher]``: the CLIP that gives q. ``name``: "mini", a local folder, or a hub id.
 
     ``templates``: prompts with one ``{}`` for the class name; absent means the model's own, else "a photo of a {}".
+    ``keep_underscores``: class names as they are written, ``aquarium_fish``, as CLIP2FL's code has them; otherwise underscores are spaces.
     """
 
     name: str = "mini"
     templates: tuple[str, ...] = ()
+    keep_underscores: bool = False
 
     def __post_init__(self) -> None:
         for t in self.templates:
@@ -50,7 +54,7 @@ class ClipTeacher:
     processor: Any
     tokenizer: Any
     templates: tuple[str, ...]
-    weights: Path | None
+    keep_underscores: bool = False
 
     @property
     def logit_scale(self) -> float:
@@ -76,16 +80,17 @@ class ClipTeacher:
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit embeddings (n, d) of texts."""
-        words = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        """Unit embeddings (n, d) of texts, cut at the length that the text tower has positions for, end token kept."""
+        longest = self.model.config.text_config.max_position_embeddings
+        words = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
         out = self.model.get_text_features(
             input_ids=words["input_ids"], attention_mask=words["attention_mask"]
         ).pooler_output
         return F.normalize(out, dim=1)
 
     def class_embeddings(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
-        """Unit embedding (C, d) of each class: the mean over prompts; underscores in names are read as spaces."""
-        names = [n.replace("_", " ") for n in class_names]
+        """Unit embedding (C, d) of each class: the mean over prompts; underscores in names are spaces unless they are kept."""
+        names = list(class_names) if self.keep_underscores else [n.replace("_", " ") for n in class_names]
         rows = [
             F.normalize(self.encode_texts([t.format(n) for t in templates or self.templates]).mean(0), dim=0)
             for n in names
@@ -98,14 +103,29 @@ class ClipTeacher:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over weights, prompts and preprocessing: the key under which its logits may be cached."""
-        h = hashlib.sha256(repr((self.templates, sorted(self.processor.to_dict().items(), key=str))).encode())
-        if self.weights is not None:
-            h.update(self.weights.read_bytes())
-        else:
-            for k, v in sorted(self.model.state_dict().items()):
-                h.update(k.encode() + v.contiguous().numpy().tobytes())
+        """SHA-256 over weights, network, prompts, tokenizer and preprocessing: the key under which its logits may be cached.
+
+        The same for one model wherever it lies and however its weights are cut into files.
+        """
+        config, words = self.model.config.to_dict(), json.loads(self.tokenizer.backend_tokenizer.to_str())
+        network = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version", "dtype")}
+        words = {k: v for k, v in words.items() if k not in ("padding", "truncation")}  # these are of the last call
+        says = [self.templates, self.keep_underscores, self.processor.to_dict(), network, words]
+        h = hashlib.sha256(json.dumps(says, sort_keys=True, default=str).encode())
+        h.update(digest(self.model.state_dict()).encode())
         return h.hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """What a run notes about the teacher it used."""
+        return {
+            "name": self.name, "fingerprint": self.fingerprint, "templates": list(self.templates), "keep_underscores": self.keep_underscores,
+        }  # fmt: skip
+
+
+def load_teacher(config: TeacherConfig) -> ClipTeacher:
+    """The CLIP of ``[teacher]`` with the prompts and the spelling of names that the table asks for."""
+    clip = load_clip(config.name)
+    return replace(clip, templates=config.templates or clip.templates, keep_underscores=config.keep_underscores)
 
 
 def load_clip(name: str = "mini") -> ClipTeacher:
@@ -136,14 +156,36 @@ def load_clip(name: str = "mini") -> ClipTeacher:
         raise UserError(
             "teacher.name", f"{name}: cannot be loaded as CLIP ({why})", "check the folder, or be online for a hub id"
         ) from e
-    if model.config.text_config.eos_token_id == 2 and tokenizer.eos_token_id != model.config.text_config.vocab_size - 1:
-        raise UserError(
-            "teacher.name",
-            f"{name}: eos_token_id 2 makes CLIP pool its text at the highest token id",
-            "save it with another eos_token_id",
-        )
+    _check_end(name, model.config.text_config, tokenizer)
     model.eval().requires_grad_(False)
     prompts = folder / "templates.txt"
     templates = tuple(prompts.read_text(encoding="utf-8").split("\n")[:-1]) if local and prompts.exists() else PLAIN
-    weights = folder / "model.safetensors"
-    return ClipTeacher(name, model, processor, tokenizer, templates, weights if local and weights.exists() else None)
+    return ClipTeacher(name, model, processor, tokenizer, templates)
+
+
+def _check_end(name: str, text: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose end token is not where the text tower pools: all prompts would be embedded alike.
+
+    The tower takes the first token that equals its ``eos_token_id``; where that is 2, as in the files that OpenAI's models came with, the
+    token of the highest id.
+    """
+    end = int(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else -1)
+    if text.eos_token_id == 2:
+        if end != text.vocab_size - 1:
+            raise UserError(
+                "teacher.name",
+                f"{name}: eos_token_id 2 makes CLIP pool its text at the highest token id",
+                "save it with another eos_token_id",
+            )
+    elif end != text.eos_token_id:
+        raise UserError(
+            "teacher.name",
+            f"{name}: the model pools its text at token {text.eos_token_id}, but the tokenizer ends texts with {end}",
+            "save model and tokenizer with the same eos_token_id",
+        )
+    if tokenizer("a")["input_ids"][-1] != end:
+        raise UserError(
+            "teacher.name",
+            f"{name}: its tokenizer does not put the end token {end} after a text",
+            "save the tokenizer that the model was trained with",
+        )
