@@ -23,7 +23,7 @@ def picture() -> Tensor:
 
 def test_neutral_numbers_cut_the_corner_and_nothing_else() -> None:
     x, seen = picture(), view(picture())
-    assert DRAWS == len(NEUTRAL)
+    assert len(NEUTRAL) == DRAWS
     assert torch.all(seen[:, :, :2, :2] == 0)  # a quarter of the 4 x 4 square hangs inside
     outside = torch.ones(8, 8, dtype=torch.bool)
     outside[:2, :2] = False
