@@ -25,7 +25,7 @@ from mllm_fl.engines.local import LocalConfig
 from mllm_fl.engines.serial import run_clients
 from mllm_fl.models.network import ModelConfig, Network, build_network
 from mllm_fl.runs import environment
-from mllm_fl.seeds import numpy_stream
+from mllm_fl.seeds import numpy_stream, stream
 from mllm_fl.trees import Tree, clone
 
 NAMES = tuple(f"class {c}" for c in range(10))
@@ -48,7 +48,7 @@ def bare(net: Network, start: Tree, shards: Sequence[Shard], local: LocalConfig)
         net.load_state_dict(start)
         net.train()
         optimiser = torch.optim.SGD(net.parameters(), lr=local.lr)
-        shuffle, x, y = shard.stream("shuffle"), shard.x(range(len(shard))), shard.y
+        shuffle, x, y = stream(shard.seed, "shuffle", shard.round, shard.client), shard.x(range(len(shard))), shard.y
         for _ in range(local.epochs):
             for batch in torch.split(torch.randperm(len(y), generator=shuffle), local.batch_size):
                 optimiser.zero_grad()

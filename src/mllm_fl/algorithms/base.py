@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mllm_fl.data.images import ImageSet
 from mllm_fl.losses import cross_entropy
-from mllm_fl.seeds import stream
+from mllm_fl.seeds import method_stream
 from mllm_fl.trees import Tree, weighted_mean
 
 
@@ -79,8 +79,8 @@ class Shard:
         return self.images.normalised(list(indices))
 
     def stream(self, purpose: str) -> torch.Generator:
-        """The stream (run, purpose, round, client)."""
-        return stream(self.seed, purpose, self.round, self.client)
+        """The stream (run, purpose, round, client); the engine's own purposes are refused."""
+        return method_stream(self.seed, purpose, self.round, self.client)
 
 
 class Local(NamedTuple):
@@ -137,8 +137,8 @@ class Task:
         return (out[0].float(), out[1].float()) if self.precision == "bf16" else out
 
     def stream(self, purpose: str, *keys: int | str) -> torch.Generator:
-        """The server's stream (run, purpose, keys...)."""
-        return stream(self.seed, purpose, *keys)
+        """The server's stream (run, purpose, keys...); the engine's own purposes are refused."""
+        return method_stream(self.seed, purpose, *keys)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Shard, Task, Update
 from mllm_fl.data.augment import augment, scaled_padding
 from mllm_fl.errors import UserError
+from mllm_fl.seeds import stream
 from mllm_fl.trees import Tree, clone, prefixed, under
 
 _BN = "batch_norm/"  # where the client's own running statistics lie in its memory
@@ -81,7 +82,7 @@ def train_client(
         w[k].requires_grad_(True)
     params = [w[k] for k in trainable]
     optimiser = torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    shuffle, draws = shard.stream("shuffle"), shard.stream("augment")
+    shuffle, draws = (stream(shard.seed, purpose, shard.round, shard.client) for purpose in ("shuffle", "augment"))
     y_all = shard.y
     x_all = shard.x(range(len(shard))) if _fits(shard) else None
     loss_sum, steps = 0.0, 0

@@ -30,6 +30,7 @@ from mllm_fl.data.images import ImageSet
 from mllm_fl.engines.local import LocalConfig, augmented
 from mllm_fl.errors import UserError
 from mllm_fl.losses import alignment
+from mllm_fl.seeds import stream
 from mllm_fl.trees import Tree, clone
 
 
@@ -146,7 +147,7 @@ class Aligner:
         for k in names:
             w[k].requires_grad_(True)
         optimiser = torch.optim.SGD([w[k] for k in names], lr=c.lr, momentum=c.momentum)
-        draws = task.stream("align", round)
+        draws = stream(task.seed, "align", round)
         view = LocalConfig(augment=c.augment, aug_mode="sample")
         order = torch.empty(0, dtype=torch.int64)
         total = 0.0
