@@ -21,8 +21,9 @@ import torch.nn.functional as F
 
 from mllm_fl.algorithms.base import Broadcast, FedAvg, Shard, Task
 from mllm_fl.data.images import ImageSet, MemoryPixels
+from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.local import LocalConfig
-from mllm_fl.engines.serial import run_clients
+from mllm_fl.engines.serial import SerialEngine
 from mllm_fl.models.network import ModelConfig, Network, build_network
 from mllm_fl.runs import environment
 from mllm_fl.seeds import numpy_stream, stream
@@ -60,7 +61,8 @@ def bare(net: Network, start: Tree, shards: Sequence[Shard], local: LocalConfig)
 
 def engine(task: Task, start: Tree, shards: Sequence[Shard], local: LocalConfig) -> list[Tree]:
     """The same through the serial engine and FedAvg's hooks."""
-    return [reply.update.w for reply in run_clients(task, FedAvg(), Broadcast(start, {}), shards, {}, local)]
+    serial = SerialEngine(EngineConfig(), task, FedAvg(), local)
+    return [reply.update.w for reply in serial.clients(Broadcast(start, {}), shards, {})]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,15 +12,30 @@ from mllm_fl.errors import UserError
 class EngineConfig:
     """``[federate.engine]``: where and how a round's clients are trained; it changes no algorithm.
 
-    ``name``: "serial" (one client after another, the reference). ``precision``: "fp32", or "bf16" for forward and backward passes under
-    autocast (weights and sums stay float32). ``layout``: how images lie in memory.
+    ``name``: "serial" (one client after another, the reference), "parallel" (a worker process per core; the same bits), "batched" (all
+    clients of a round as one tensor program, for a GPU), or "auto": parallel where the work is worth starting processes, else serial.
+    ``workers``: of the parallel engine; absent means all usable cores, shared between the runs of ``--jobs``.
+    ``precision``: "fp32", or "bf16" for forward and backward passes under autocast (weights and sums stay float32). ``layout``: how
+    images lie in memory. ``compile``: whether the passes are compiled. "auto" is what a short probe of this chip found fastest;
+    a run's env.json records what was chosen, and resuming keeps it.
     """
 
-    name: Literal["serial"] = "serial"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    layout: Literal["nchw", "channels_last"] = "nchw"
+    name: Literal["auto", "parallel", "serial", "batched"] = "auto"
+    workers: int | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    layout: Literal["auto", "nchw", "channels_last"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
-        for key, known in (("precision", ("fp32", "bf16")), ("layout", ("nchw", "channels_last"))):
+        for key, known in (
+            ("name", ("auto", "parallel", "serial", "batched")),
+            ("precision", ("auto", "fp32", "bf16")),
+            ("layout", ("auto", "nchw", "channels_last")),
+            ("compile", ("auto", "on", "off")),
+        ):
             if getattr(self, key) not in known:
-                raise UserError(f"federate.engine.{key}", f"{getattr(self, key)!r} is unknown", f"use {' or '.join(known)}")
+                raise UserError(
+                    f"federate.engine.{key}", f"{getattr(self, key)!r} is unknown", f"use {' or '.join(known)}"
+                )
+        if self.workers is not None and self.workers < 1:
+            raise UserError("federate.engine.workers", f"{self.workers} is below 1")

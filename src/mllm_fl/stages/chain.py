@@ -26,8 +26,11 @@ from mllm_fl.data.images import ImageSet
 from mllm_fl.data.longtail import groups
 from mllm_fl.data.manifest import load as load_manifest
 from mllm_fl.data.manifest import save as save_manifest
+from mllm_fl.engines.base import open_engine
 from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
+from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.evaluate import evaluate
+from mllm_fl.engines.probe import chosen
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
 from mllm_fl.models.network import Network, build_network
@@ -156,7 +159,13 @@ def aligner_of(config: Config, federation: Federation, images: ImageSet | None) 
     return dataclasses.replace(aligner, teacher=clip.record())
 
 
-def task_of(config: Config, federation: Federation, network: Network) -> Task:
+def engine_of(config: Config, folder: Path, federation: Federation, network: Network) -> EngineConfig:
+    """``[federate.engine]`` with every "auto" decided: as the run in ``folder`` was begun, else by the probe of this chip."""
+    begun = read_json(folder / "env.json").get("engine", {}) if (folder / "env.json").exists() else {}
+    return chosen(config.federate.engine, network, _side(federation), config.federate.local.batch_size, begun)
+
+
+def task_of(config: Config, federation: Federation, network: Network, engine: EngineConfig) -> Task:
     """What is learned, with the server's images and the teacher's text embeddings where the method needs them."""
     needs, server = config.federate.method.needs, config.federate.server
     unlabelled = unlabelled_images(server, config.data, federation) if "unlabelled" in needs else None
@@ -168,10 +177,9 @@ def task_of(config: Config, federation: Federation, network: Network) -> Task:
     if "texts" in needs:
         texts = load_teacher(config.teacher).class_embeddings(federation.class_names)
     population = tuple(len(c) for c in federation.clients)
-    engine = config.federate.engine
     return Task(
         network, federation.class_names, population, config.seed, unlabelled, labelled, texts,
-        engine.precision, engine.layout == "channels_last",
+        "bf16" if engine.precision == "bf16" else "fp32", engine.layout == "channels_last",
     )  # fmt: skip
 
 
@@ -188,7 +196,8 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
             return folder.final
         federation = federation_of(config)
         network = _network(config)
-        task = task_of(config, federation, network)
+        settled = engine_of(config, path, federation, network)
+        task = task_of(config, federation, network, settled)
         aligned_on = alignment_images(config, federation) if config.align is not None else None
         sets = {
             "train": federation.subset,
@@ -207,27 +216,21 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
         if "teacher" in config.federate.method.needs:
             progress(Event("prepare", 0, 1, "the teacher's logits on the clients' images"))
             teacher = clients_logits(config.teacher, federation, root / config.experiment / "logits")
-        _begin(folder, federation, command)
-        state = federate(
-            config.federate,
-            task,
-            federation,
-            w,
-            folder,
-            batch_norm=config.model.batch_norm,
-            aligner=aligner,
-            teacher=teacher,
-            progress=progress,
-        )
-        found_groups = groups(federation.class_counts)
-        final = outcome(config.federate, task, state, federation.test, found_groups, folder, aligner)
+        _begin(folder, federation, settled, command)
+        found_groups, fed = groups(federation.class_counts), config.federate
+        with open_engine(settled, task, fed.method, fed.local, config.model.batch_norm, folder.event) as engine:
+            state = federate(
+                fed, task, federation, w, folder,
+                batch_norm=config.model.batch_norm, aligner=aligner, teacher=teacher, progress=progress, engine=engine,
+            )  # fmt: skip
+            final = outcome(fed, task, state, federation.test, found_groups, folder, aligner, engine)
         save_model(path / "model.safetensors", config.federate.method.deploy(task, state), config, federation)
         final = {
             "experiment": config.experiment, "name": path.name, "arm": config.name, "seed": config.seed,
             "config_hash": config_hash(config.resolved()), "class_counts": federation.class_counts,
             "groups": to_dict(found_groups), "stages": {"pretrain": config.pretrain is not None, "align": config.align is not None},
             "align": None if aligned_on is None else {"source": aligned_on.name, "images": len(aligned_on)},
-            "manifest_sha256": federation.manifest.sha256, "leaks": found, "environment": environment(), "command": command,
+            "manifest_sha256": federation.manifest.sha256, "leaks": found, "environment": environment() | {"engine": to_dict(settled)}, "command": command,
             "teacher": _teacher_record(config, aligner), "pretrained": _pretrained_record(config, root),
             "environment_changes": [e["changes"] for e in read_rows(path / "events.jsonl") if e["event"] == "environment changed"],
             **final,
@@ -254,7 +257,7 @@ def _pretrained_record(config: Config, root: Path) -> dict[str, Any] | None:
     return {"teacher": made["teacher"], "corpus": made["what"]["corpus"], "weights_sha256": made["weights_sha256"]}
 
 
-def _begin(folder: RunFolder, federation: Federation, command: str) -> None:
+def _begin(folder: RunFolder, federation: Federation, engine: EngineConfig, command: str) -> None:
     """Write manifest, federation and environment; in a folder that has them, hold the present ones against them.
 
     Another federation is refused. Another environment is not (an interrupted run may have to end after an update), but an event says
@@ -273,7 +276,7 @@ def _begin(folder: RunFolder, federation: Federation, command: str) -> None:
     else:
         save_manifest(federation.manifest, path)
     folder.write_json("federation.json", summary(federation))
-    now = environment()
+    now = environment() | {"engine": to_dict(engine)}
     if (folder.path / "env.json").exists():
         then = read_json(folder.path / "env.json")
         changes = differences({k: v for k, v in then.items() if k != "command"}, now)
@@ -302,7 +305,7 @@ def align_finished(config: Config, root: Path, progress: Progress = silent) -> d
         federation = federation_of(config)
         network = _network(config)
         w = fit(load_checkpoint(path / "model.safetensors")[0], clone(network.state_dict()), path / "model.safetensors")
-        task = task_of(config, federation, network)
+        task = task_of(config, federation, network, engine_of(config, path, federation, network))
         images = alignment_images(config, federation)
         found = leaks_of(dataclasses.replace(config, pretrain=None), root, federation, {"align": images})
         aligner = aligner_of(config, federation, images)

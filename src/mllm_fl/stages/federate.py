@@ -26,14 +26,14 @@ from mllm_fl.data.images import ImageSet
 from mllm_fl.data.longtail import Groups
 from mllm_fl.data.longtail import groups as groups_of
 from mllm_fl.data.manifest import sha256_of
+from mllm_fl.engines.base import Engine, open_engine
 from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
 from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.engines.local import LocalConfig
-from mllm_fl.engines.serial import run_clients
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
-from mllm_fl.metrics import summarise
+from mllm_fl.metrics import SCORES, summarise
 from mllm_fl.runs import RunFolder, differences, read_json, read_rows
 from mllm_fl.seeds import numpy_stream
 from mllm_fl.stages.align import Aligner
@@ -97,10 +97,12 @@ def federate(
     aligner: Aligner | None = None,
     teacher: Mapping[int, Tensor] | None = None,
     progress: Progress = silent,
+    engine: Engine | None = None,
 ) -> Server:
     """Run or resume the rounds from the weights ``w``; rows go to the run folder as they come.
 
-    ``teacher``: each client's rows of the frozen teacher's zero-shot logits, for methods that need them.
+    ``teacher``: each client's rows of the frozen teacher's zero-shot logits, for methods that need them. ``engine``: one that is
+    open already; else the one that ``config.engine`` names, for the time of this call.
 
     Returns the server's state after the last round, and after the survey if the method ``concludes``. Killed at any moment and called again with the same arguments, it
     ends with the same bytes in its weights, rounds.jsonl and clients.jsonl.
@@ -108,6 +110,20 @@ def federate(
     Raises:
         UserError: more online clients than clients; a checkpoint that is damaged, of another model, or begun with other inputs.
     """
+    if engine is None:
+        with open_engine(config.engine, task, config.method, config.local, batch_norm, run.event) as opened:
+            return federate(
+                config,
+                task,
+                federation,
+                w,
+                run,
+                batch_norm=batch_norm,
+                aligner=aligner,
+                teacher=teacher,
+                progress=progress,
+                engine=opened,
+            )
     if config.clients_per_round > len(task.population):
         raise UserError(
             "federate.clients_per_round",
@@ -129,7 +145,7 @@ def federate(
         if t <= state.round:
             continue
         state, memory, row = _round(
-            config, task, federation, state, memory, online, run, batch_norm, aligner, groups, teacher or {}
+            config, task, federation, state, memory, online, run, engine, aligner, groups, teacher or {}
         )
         run.append("rounds.jsonl", [row])
         if t % config.checkpoint_every == 0 or t == config.rounds:
@@ -138,20 +154,27 @@ def federate(
         if row["accuracy"] is not None:
             note = f"accuracy {row['accuracy']:.1%}"
         progress(Event("federate", t, config.rounds, note))
-    return concluded(config, task, federation, state, run, progress) if config.method.concludes else state
+    return concluded(config, task, federation, state, run, engine, progress) if config.method.concludes else state
 
 
 def concluded(
-    config: FederateConfig, task: Task, federation: Federation, state: Server, run: RunFolder, progress: Progress
+    config: FederateConfig,
+    task: Task,
+    federation: Federation,
+    state: Server,
+    run: RunFolder,
+    engine: Engine,
+    progress: Progress,
 ) -> Server:
     """The state after every client that has images was asked about the final model; what they sent is counted in survey.json."""
     start, sent, msg = time.perf_counter(), 0, config.method.broadcast(state)
-    asked = [k for k, held in enumerate(federation.clients) if held]
+    asked = [
+        Shard(k, state.round + 1, federation.client(k), task.seed) for k, held in enumerate(federation.clients) if held
+    ]
 
     def answers() -> Iterator[tuple[int, Tree]]:
         nonlocal sent
-        for i, k in enumerate(asked):
-            answer = config.method.survey(task, msg, Shard(k, state.round + 1, federation.client(k), task.seed))
+        for i, (k, answer) in enumerate(engine.survey(msg, asked)):
             sent += nbytes(answer)
             progress(Event("survey", i + 1, len(asked), "all clients answer"))
             yield k, answer
@@ -171,7 +194,7 @@ def _round(
     memory: dict[int, Tree],
     online: list[int],
     run: RunFolder,
-    batch_norm: str,
+    engine: Engine,
     aligner: Aligner | None,
     groups: Groups,
     teacher: Mapping[int, Tensor],
@@ -189,7 +212,7 @@ def _round(
 
     def valid() -> Iterator[Update]:
         nonlocal client_seconds
-        for reply in run_clients(task, config.method, msg, shards, memory, config.local, batch_norm):
+        for reply in engine.clients(msg, shards, memory):
             client_seconds += reply.seconds
             u = reply.update
             reason = _why_rejected(u, msg.w, config.limit)
@@ -226,7 +249,7 @@ def _round(
     align_loss, once = None, aligner is not None and aligner.config.when == "end"
     if aligner is not None and (not once or t == config.rounds):
         if t == config.rounds:
-            before = evaluate(task, config.method.deploy(task, state), federation.test).scores(groups)
+            before = engine.evaluate(config.method.deploy(task, state), federation.test).scores(groups)
         w, align_loss = aligner(task, state.w, t)
         problem = why_not_finite({k: v for k, v in w.items() if v.dtype.is_floating_point}, config.limit)
         if problem:
@@ -237,9 +260,9 @@ def _round(
     if evaluated and once and before:  # the curve stays unaligned; the aligned model is `last` in final.json
         row |= before
     elif evaluated:
-        row |= evaluate(task, config.method.deploy(task, state), federation.test).scores(groups)
+        row |= engine.evaluate(config.method.deploy(task, state), federation.test).scores(groups)
     else:
-        row |= dict.fromkeys(("accuracy", "class_weighted", "per_class", "many", "medium", "few"))
+        row |= dict.fromkeys(SCORES)
     ok = [r for r in rows if r["status"] == "ok"]
     row |= {
         "train_loss": sum(r["loss"] * r["weight"] for r in ok if r["loss"] is not None) / sum(r["weight"] for r in ok)
@@ -340,6 +363,7 @@ def outcome(
     groups: Groups,
     run: RunFolder,
     aligner: Aligner | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """The numbers of a finished run, for final.json: last, mean of the last ``report_last`` rounds, maximum, EMA, bytes, seconds.
 
@@ -349,7 +373,7 @@ def outcome(
     """
     rows, timings = read_rows(run.path / "rounds.jsonl"), read_rows(run.path / "timings.jsonl")
     deployed = config.method.deploy(task, state)
-    confusion = evaluate(task, deployed, test)
+    confusion = engine.evaluate(deployed, test) if engine is not None else evaluate(task, deployed, test)
     surveyed = read_json(run.path / "survey.json") if config.method.concludes else {}
     seconds = {
         name: sum(r[f"{key}_seconds"] for r in timings)

@@ -10,13 +10,14 @@ import torch
 from mllm_fl.algorithms.base import Algorithm, Server
 from mllm_fl.config import Config, from_dict
 from mllm_fl.data.longtail import groups
+from mllm_fl.engines.base import open_engine
 from mllm_fl.engines.checkpoint import fit, load_checkpoint
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.errors import UserError
 from mllm_fl.events import Progress, silent
 from mllm_fl.models.network import build_network
 from mllm_fl.runs import RunFolder, config_hash, differences, environment, read_json
-from mllm_fl.stages.chain import federation_of, run_path, save_model, task_of
+from mllm_fl.stages.chain import engine_of, federation_of, run_path, save_model, task_of
 from mllm_fl.stages.federate import concluded
 from mllm_fl.toml import read_toml, to_dict
 from mllm_fl.trees import clone, digest
@@ -78,10 +79,13 @@ def from_finished(
         w = fit(load_checkpoint(weights)[0], clone(network.state_dict()), weights)
         if digest(w) != before["weights_sha256"]:
             raise UserError(weights, "is not the model that the run's final.json describes", "run the federation again")
-        task = task_of(config, federation, network)
+        settled = engine_of(config, path, federation, network)
+        task = task_of(config, federation, network, settled)
         state = Server(w=w, round=before["rounds"])
         if method.concludes:
-            state = concluded(config.federate, task, federation, state, folder, progress)
+            fed = config.federate
+            with open_engine(settled, task, fed.method, fed.local, config.model.batch_norm, folder.event) as engine:
+                state = concluded(fed, task, federation, state, folder, engine, progress)
         survey = (
             read_json(path / "survey.json") if method.concludes else {"bytes_up": 0, "bytes_down": 0, "seconds": 0.0}
         )
