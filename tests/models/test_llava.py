@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +150,51 @@ def test_a_sample_that_trains_nothing_is_refused(teacher: LlavaTeacher) -> None:
     ids[16] = 5
     with pytest.raises(UserError, match="image token carries a label"):
         check(teacher, Sample(ids, ids), "record 7")
+
+
+@pytest.mark.parametrize("special", ["<eos>", "<bos>", "<image>", "<pad>"])
+def test_text_that_would_be_read_as_a_special_token_is_refused(teacher: LlavaTeacher, special: str) -> None:
+    asked, said = TURNS[0]
+    with pytest.raises(
+        UserError, match=rf"record 7: the answer of turn 1 contains '{special}', which the teacher reads"
+    ):
+        encode(teacher, [(asked, f"it is {special} three .")], 512, "record 7")
+    with pytest.raises(UserError, match=rf"record 7: the question of turn 2 contains '{special}'"):
+        encode(teacher, [TURNS[0], (f"and {special} ?", said)], 512, "record 7")
+
+
+class Splitting:
+    """A tokenizer that puts a token without characters before the words "it" and "three", and one after each answer's end."""
+
+    is_fast = True
+
+    def __init__(self, real: Any, mark: int) -> None:
+        self.real, self.mark = real, mark
+        self.eos_token, self.all_special_tokens = real.eos_token, real.all_special_tokens
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, Any]:
+        out = self.real(text, **kwargs)
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        for i, (start, end) in zip(out["input_ids"], out["offset_mapping"], strict=True):
+            if text[start:end] in ("it", "three"):
+                ids, places = [*ids, self.mark], [*places, (start, start)]
+            ids, places = [*ids, i], [*places, (start, end)]
+            if text[start:end] == self.eos_token and self.mark not in ids[-2:]:
+                ids, places = [*ids, self.mark], [*places, (end, end)]
+        return {"input_ids": ids, "offset_mapping": places}
+
+
+def test_tokens_without_characters_are_predicted_inside_an_answer_and_not_after_it(teacher: LlavaTeacher) -> None:
+    real = teacher.processor.tokenizer
+    mark = real.convert_tokens_to_ids(",")
+    processor = SimpleNamespace(tokenizer=Splitting(real, mark), image_token=teacher.processor.image_token)
+    sample = encode(replace(teacher, processor=processor), TURNS, 512, "here")
+    marks = sample.ids == mark
+    # it, three, after the end; "it" of the second question, it, after the end
+    assert (sample.labels[marks] != IGNORED).tolist() == [True, True, False, False, True, False]
+    assert sample.predicted == encode(teacher, TURNS, 512, "here").predicted + 3
+    assert sample.labels[0] == IGNORED  # <bos> has no characters either
 
 
 def test_padding_is_masked_and_not_predicted(teacher: LlavaTeacher) -> None:

@@ -1,7 +1,8 @@
 """A picture's conversation as token ids and labels: only what the model says is predicted, never a question, never a picture.
 
 The form is that of LLaVA-1.5 (Vicuna v1): ``USER: <image>\\n{question} ASSISTANT: {answer}</s>USER: ...``, one sequence for all turns.
-Which tokens are predicted follows from the character positions of the answers, so that no tokenizer's habits at the seams matter.
+Which tokens are predicted follows from the character positions of the answers, so that no tokenizer's habits at the seams matter. A token
+without characters of its own (a word mark, a byte of a letter) is predicted where an answer begins or goes on, not where it has ended.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ def encode(teacher: LlavaTeacher, turns: Sequence[tuple[str, str]], max_tokens: 
     """The sample of a conversation of (question, answer) turns; the first question holds ``<image>``. Cut at ``max_tokens``.
 
     Raises:
-        UserError: image tokens != features of the teacher, nothing left to predict, or a picture's token to be predicted.
+        UserError: image tokens != features of the teacher, nothing left to predict, a picture's token to be predicted, or text that the
+            tokenizer would read as one of its special tokens.
     """
+    _refuse_special(teacher, turns, place)
     tokenizer = teacher.processor.tokenizer
     picture = teacher.processor.image_token
     text, spans = "", []
@@ -54,11 +57,24 @@ def encode(teacher: LlavaTeacher, turns: Sequence[tuple[str, str]], max_tokens: 
         )
     out = tokenizer(text, return_offsets_mapping=True)
     ids = torch.tensor(out["input_ids"][:max_tokens])
-    said = [any(a <= start and end <= b for a, b in spans) and end > start for start, end in out["offset_mapping"]]
+    said = [any(a <= start < b and end <= b for a, b in spans) for start, end in out["offset_mapping"]]
     labels = torch.where(torch.tensor(said[:max_tokens]), ids, IGNORED)
     sample = Sample(ids, labels)
     check(teacher, sample, place)
     return sample
+
+
+def _refuse_special(teacher: LlavaTeacher, turns: Sequence[tuple[str, str]], place: str) -> None:
+    special = dict.fromkeys([*teacher.processor.tokenizer.all_special_tokens, teacher.processor.image_token])
+    for i, (question, answer) in enumerate(turns):
+        for who, text in (("question", question.replace("<image>", "", int(i == 0))), ("answer", answer)):
+            found = next((s for s in special if s in text), None)
+            if found is not None:
+                raise UserError(
+                    place,
+                    f"the {who} of turn {i + 1} contains {found!r}, which the teacher reads as a special token",
+                    "remove it from the text, or the record",
+                )
 
 
 def check(teacher: LlavaTeacher, sample: Sample, place: str) -> None:
