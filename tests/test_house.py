@@ -24,7 +24,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("losses", "statistics", "descent", "matching", "metrics", "data", "models"), 1),
     **dict.fromkeys(("algorithms", "annotate"), 2),
     **dict.fromkeys(("engines",), 3),
-    **dict.fromkeys(("stages", "config", "runs", "results"), 4),
+    **dict.fromkeys(("stages", "config", "runs", "results", "conformance"), 4),
     **dict.fromkeys(("report", "jobs", "console", "overrides"), 5),
     **dict.fromkeys(("cli", "commands"), 6),
 }

@@ -51,6 +51,11 @@ class CCVR(Algorithm):
         if not 0 < self.lr <= 1000:
             raise UserError("federate.method.lr", f"{self.lr} is not in (0, 1000]")
 
+    def upload_bytes(self, task: Task, present: int) -> int:
+        """Once, not in every round."""
+        width = task.net.get_parameter(task.head[0]).shape[1]
+        return present * (8 + 4 * width + 4 * width**2) if self.samples else 0
+
     def survey(self, task: Task, msg: Broadcast, shard: Shard) -> Tree:
         if self.samples == 0:
             return {}
