@@ -8,10 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tests import tiny_llava
 
 from mllm_fl.annotate.corpus import Corpus
@@ -170,6 +172,41 @@ def test_every_sample_comes_once_per_epoch_in_the_order_of_its_stream(
         ).steps
         == 8
     )
+
+
+def test_the_compact_models_input_gives_one_position_per_feature(teacher: LlavaTeacher, tmp_path: Path) -> None:
+    """ResNet-8 has stride 4, so a grid of 4 x 4 asks for 16 pixels, whatever size the pictures are; other networks take the clients' size."""
+    source = tiny_llava.corpus(tmp_path / "c")
+    for file in (source / "images").iterdir():
+        Image.open(file).resize((40, 36)).save(file)
+
+    def size(config: PretrainConfig, net: Network, name: str, side: int | None = None) -> int:
+        pretrain(replace(config, steps=1, checkpoint_every=1), net, source, tmp_path / name, teacher=teacher, side=side)
+        return int(json.loads((tmp_path / name / "pretrain.json").read_text())["image_size"])
+
+    assert network().backbone(torch.zeros(1, 3, 16, 16)).shape[-1] == teacher.grid
+    assert size(CONFIG, network(), "default", side=24) == 16
+    assert size(replace(CONFIG, image_size=20), network(), "asked", side=24) == 20
+    other: Any = SimpleNamespace(backbone=torch.nn.Identity())  # of another stride
+    assert [stage._side_of(CONFIG, other, teacher, side) for side in (32, None)] == [32, None]
+    assert Corpus.open(source).pixels(None).shape[-1] == 36
+
+
+def test_a_parameter_without_gradient_is_saved_and_resumed(teacher: LlavaTeacher, corpus: Path, tmp_path: Path) -> None:
+    def idle() -> Network:
+        net = network()
+        net.register_parameter("idle", torch.nn.Parameter(torch.ones(2)))
+        return net
+
+    def stop(event: Event) -> None:
+        if event.done == 3:
+            raise KeyboardInterrupt
+
+    whole = pretrain(CONFIG, idle(), corpus, tmp_path / "whole", teacher=teacher)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(CONFIG, idle(), corpus, tmp_path / "stopped", teacher=teacher, progress=stop)
+    assert digest(pretrain(CONFIG, idle(), corpus, tmp_path / "stopped", teacher=teacher)) == digest(whole)
+    assert torch.equal(whole["idle"], torch.ones(2))
 
 
 def test_a_fresh_adapter_is_handed_over_on_request(teacher: LlavaTeacher, corpus: Path, tmp_path: Path) -> None:

@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+STRIDE = 4
+"""Pixels of the image a side per position of the feature map."""
+
+
 class BasicBlock(nn.Module):
     """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)); (n, c_in, h, w) -> (n, c_out, h/stride, w/stride)."""
 

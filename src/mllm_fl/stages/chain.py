@@ -90,7 +90,7 @@ def pretrain_stage(config: Config, root: Path, progress: Progress = silent, *, c
     network = _network(config)
     return pretrain(
         config.pretrain, network, corpus, pretrain_path(config, root),
-        seed=config.seed, mean=train.mean, std=train.std, progress=progress,
+        seed=config.seed, mean=train.mean, std=train.std, side=_side(federation_of(config)), progress=progress,
     )  # fmt: skip
 
 

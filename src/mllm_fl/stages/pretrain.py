@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +28,11 @@ from torch import Tensor
 
 from mllm_fl.annotate.corpus import Corpus
 from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint, write_atomic
+from mllm_fl.engines.flops import counted
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
 from mllm_fl.models.network import Network
+from mllm_fl.models.resnet8 import STRIDE, ResNet8
 from mllm_fl.models.teacher.blend import lm_loss
 from mllm_fl.models.teacher.conversation import Sample, collate, encode, shown
 from mllm_fl.models.teacher.llava import LlavaTeacher, fingerprint, load_llava
@@ -52,8 +54,9 @@ class PretrainConfig:
     paper's; "features" is the mean squared error to CLIP's features without the language model. ``feature_mse``: weight of
     that error beside "lm"; ``lm_samples`` then lets only so many of a batch's conversations into the language model, which is the
     costly part, and absent means all. ``hand_over``: what stage 2 gets, backbone and adapter, or the backbone with a fresh adapter.
-    ``max_tokens``: longest conversation, picture included. ``image_size``: pixels a side of the compact model's input; absent means
-    the corpus's own.
+    ``max_tokens``: longest conversation, picture included. ``image_size``: pixels a side of the compact model's input; absent means,
+    for ResNet-8, four times the teacher's grid, so that its map has one position for each of the teacher's features (64 for a grid of 16, 16 for
+    the bundled 4); for another network, the federation's image size, and the map is resized to the grid.
     """
 
     teacher: str = "mini"
@@ -115,7 +118,11 @@ def alpha_at(config: PretrainConfig, step: int, steps: int) -> float:
 
 
 def lr_at(config: PretrainConfig, step: int, steps: int) -> float:
-    """Learning rate of a step: linear warm-up over the fraction ``warmup`` of the steps, then half a cosine to 0."""
+    """Learning rate of step 0, 1, ...: a linear warm-up over the first ``warmup`` of the steps, then half a cosine towards 0.
+
+    With W warm-up steps of S: lr (s + 1) / W, which is lr itself in step W - 1, then lr (1 + cos(pi (s - W) / (S - W))) / 2, which begins
+    with lr and would be 0 in step S, one after the last. (The Trainer of LLaVA's script begins with a step at 0 instead.)
+    """
     warm = math.ceil(config.warmup * steps)
     if step < warm:
         return config.lr * (step + 1) / warm
@@ -132,12 +139,14 @@ def pretrain(
     teacher: LlavaTeacher | None = None,
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
     std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+    side: int | None = None,
     progress: Progress = silent,
 ) -> Tree:
     """Pretrain a copy of ``network`` on ``corpus``; returns its whole state, classifier as it was.
 
     ``folder`` gets pretrained.safetensors, pretrain.jsonl (a row per step) and, last, pretrain.json. Killed at any moment, the same call
     resumes and ends with the same bytes. ``mean`` and ``std`` normalise the compact model's input and must be those of stage 2.
+    ``side``: pixels a side of the federation's images, for a network that is not ResNet-8 (see ``image_size``); absent means the pictures' own.
 
     Raises:
         UserError: no corpus, a teacher that does not fit, a sample with nothing to predict, a diverging loss, or a folder that was
@@ -148,7 +157,7 @@ def pretrain(
     what = {
         "config": {k: v for k, v in to_dict(config).items() if k != "checkpoint_every"}, "seed": seed, "mean": list(mean), "std": list(std),
         "corpus": corpus.digests(), "network": digest(network.state_dict()),
-        "teacher": teacher.fingerprint if teacher is not None else fingerprint(config.teacher),
+        "side": _side_of(config, network, None, side), "teacher": teacher.fingerprint if teacher is not None else fingerprint(config.teacher),
     }  # fmt: skip
     like = clone(network.state_dict())
     done = folder / "pretrain.json"
@@ -166,12 +175,22 @@ def pretrain(
                 f"is {width}, but the projector of {teacher.name!r} takes {teacher.width} channels",
                 f"set it to {teacher.width}",
             )
+        config = replace(config, image_size=_side_of(config, network, teacher, side))
         trainer = _Trainer(config, copy.deepcopy(network), corpus, teacher, folder, seed, mean, std, what)
         tree = trainer.run(progress)
         if config.hand_over == "backbone":
             tree |= {k: v for k, v in like.items() if k.startswith("adapter.")}
         trainer.finish(tree)
         return tree
+
+
+def _side_of(config: PretrainConfig, network: Network, teacher: LlavaTeacher | None, side: int | None) -> int | None:
+    """Pixels a side of the compact model's input; None where the teacher decides it and is not at hand, or the pictures do."""
+    if config.image_size is not None:
+        return config.image_size
+    if isinstance(network.backbone, ResNet8):
+        return None if teacher is None else STRIDE * teacher.grid
+    return side
 
 
 class _Trainer:
@@ -295,7 +314,8 @@ class _Trainer:
         tensors = prefixed(self.network.state_dict(), "network.")
         for name, p in self.trainable.items():
             for k in ("exp_avg", "exp_avg_sq"):
-                tensors[f"adam.{k}.{name}"] = self.optimiser.state[p][k]
+                if k in self.optimiser.state[p]:  # a parameter that the loss does not reach has no moments
+                    tensors[f"adam.{k}.{name}"] = self.optimiser.state[p][k]
         record = {"step": step, "rows": path.stat().st_size, "seconds": self.seconds, "what": self.what}
         save_checkpoint(self.folder / "checkpoint.safetensors", tensors, record)
 
@@ -312,6 +332,8 @@ class _Trainer:
         like = clone(self.network.state_dict())
         self.network.load_state_dict(fit(under(tensors, "network."), like, path))
         for name, p in self.trainable.items():
+            if f"adam.exp_avg.{name}" not in tensors:
+                continue
             self.optimiser.state[p] = {
                 "step": torch.tensor(float(record["step"])), **{k: tensors[f"adam.{k}.{name}"] for k in ("exp_avg", "exp_avg_sq")}
             }  # fmt: skip
@@ -327,6 +349,10 @@ class _Trainer:
         self.seconds = float(record["seconds"])
         return int(record["step"])
 
+    def _flop(self) -> int:
+        """Operations of all steps, as many times those of the last one; it is taken once more, and its result is thrown away."""
+        return counted(lambda: self._step(self.steps - 1))[1] * self.steps
+
     def finish(self, tree: Tree) -> None:
         """Write the weights, then pretrain.json, which says that they are finished; the checkpoint goes."""
         save_checkpoint(self.folder / "pretrained.safetensors", tree, {"what": self.what})
@@ -336,7 +362,7 @@ class _Trainer:
             "what": self.what, "teacher": {
                 "name": self.teacher.name, "fingerprint": self.what["teacher"], "grid": self.teacher.grid, "width": self.teacher.width,
             },
-            "steps": self.steps, "samples": len(self.image_of), "images": len(self.pixels), "seconds": self.seconds,
+            "flop": self._flop(), "steps": self.steps, "samples": len(self.image_of), "images": len(self.pixels), "image_size": self.pixels.shape[-1], "seconds": self.seconds,
             "loss_first": rows[0]["loss"], "loss_last_tenth": sum(r["loss"] for r in last) / len(last),
             "trainable_parameters": sum(p.numel() for p in self.trainable.values()), "weights_sha256": digest(tree),
             "sample": shown(self.teacher, self.samples[0]) if self.samples else None,
