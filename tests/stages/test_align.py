@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tests import toy
+from tests.data.pictures import encoded, noise, write_folder
+from tests.data.test_imagenet_lt import imagenet
 
 from mllm_fl.algorithms.base import Broadcast, FedAvg, Server, Shard, Task
-from mllm_fl.data.check import leaks, pixel_hashes
+from mllm_fl.data.augment import augment
+from mllm_fl.data.check import leaks, pixel_hashes, prints
+from mllm_fl.data.config import DataConfig
+from mllm_fl.data.federation import Federation, build
+from mllm_fl.data.glyphs import DIGITS, LETTERS, glyph_set, render_glyphs
 from mllm_fl.data.longtail import groups
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.engines.local import LocalConfig, train_client
 from mllm_fl.errors import UserError
+from mllm_fl.losses import kl
 from mllm_fl.runs import RunFolder, read_rows
 from mllm_fl.seeds import stream
-from mllm_fl.stages.align import AlignConfig, balanced, leftovers, make_aligner
+from mllm_fl.stages.align import AlignConfig, alignment_set, balanced, leftovers, make_aligner
 from mllm_fl.stages.federate import FederateConfig, federate, outcome
+from mllm_fl.stages.server import ServerConfig, unlabelled_images
 from mllm_fl.trees import Tree, digest, weighted_mean
 
 CONFIG = AlignConfig(per_class=4, steps=5, batch_size=6, lr=0.05, augment="none")
@@ -106,6 +116,137 @@ def test_leftovers_are_balanced_and_say_what_clients_hold_too() -> None:
     held = set(pixel_hashes(fed.subset))
     assert [sum(h in held for h in pixel_hashes(images)[c * 8 : c * 8 + 8]) for c in range(3)] == [8, 0, 0]
     assert leaks(images, fed.test) == 0
+
+
+def digits(imbalance: float = 10) -> tuple[DataConfig, Federation]:
+    data = DataConfig(source="digits", imbalance_factor=imbalance, clients=4)
+    return data, build(data)
+
+
+def test_rendered_alignment_images_are_none_of_the_teachers_training_images() -> None:
+    """Both seeds are 0, and glyph i is a function of (stream, i, character): under one name 11 of 200 were equal."""
+    data, fed = digits()
+    images = alignment_set(AlignConfig(source="glyphs", per_class=20), fed, data)
+    taught = {stored for stored, _ in prints(render_glyphs(200, 0, characters=DIGITS * 2 + LETTERS)[0])}
+    asked = {stored for stored, _ in prints(unlabelled_images(ServerConfig(seed=0), data, fed))}
+    drawn = {stored for stored, _ in prints(images)}
+    assert len(drawn) == 200 and not drawn & taught and not drawn & asked and not asked & taught
+    same_name = {stored for stored, _ in prints(glyph_set(fed.class_names, 20, 0)[0])}
+    assert len(same_name & taught) == 11
+
+
+def test_the_default_is_a_thousand_images_in_all_and_at_least_one_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def note(names: Sequence[str], per_class: int, *args: Any, **kwargs: Any) -> Any:
+        asked.append(per_class)
+        return toy.federation().train, []
+
+    monkeypatch.setattr("mllm_fl.stages.align.glyph_set", note)
+    fed = toy.federation()
+    for classes in (10, 100, 1000, 1203):
+        names = tuple(map(str, range(classes)))
+        many = dataclasses.replace(fed, train=dataclasses.replace(fed.train, class_names=names))
+        alignment_set(AlignConfig(source="glyphs"), many, DataConfig())
+    assert asked == [100, 10, 1, 1]
+
+
+def test_imagenet_lts_validation_list_aligns_in_the_order_of_its_classes(tmp_path: Path) -> None:
+    root = imagenet(tmp_path)
+    lines = []
+    for c, n in enumerate((3, 2, 4)):
+        for i in range(n):
+            (root / f"val{c}-{i}.png").write_bytes(encoded(noise(5000 + 100 * c + i, 50, 60)))
+            lines.append(f"val{c}-{i}.png {c}\n")
+    (root / "ImageNet_LT_val.txt").write_text("".join(lines))
+    data = DataConfig(source="imagenet-lt", root=str(root), image_size=32, clients=2, min_size=0)
+    fed = build(data)
+    images = alignment_set(AlignConfig(source="val"), fed, data)
+    assert images.class_counts() == [2, 2, 2] and images.class_names == fed.class_names  # all that every class has
+    assert (images.mean, images.std) == (fed.train.mean, fed.train.std)
+    assert images.read([0]).shape == (1, 3, 32, 32)
+    assert alignment_set(AlignConfig(source="val", per_class=1), fed, data).class_counts() == [1, 1, 1]
+    with pytest.raises(
+        UserError, match="no image is left over: the clients hold all 10 that are at hand; cut a long tail"
+    ):
+        alignment_set(AlignConfig(), fed, data)
+    with pytest.raises(UserError, match="'val' is ImageNet-LT's validation list, but data.source is 'digits'"):
+        alignment_set(AlignConfig(source="val"), fed, DataConfig())
+
+
+def test_alignment_images_are_normalised_like_the_clients(tmp_path: Path) -> None:
+    """Not with constants of their own: the model has only ever seen the federation's."""
+    data, plain = digits()
+    fed = dataclasses.replace(plain, train=dataclasses.replace(plain.train, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
+    write_folder(tmp_path / "web", dict.fromkeys(fed.class_names, 2))
+    for source in ("glyphs", "leftover", f"folder:{tmp_path / 'web'}"):
+        images = alignment_set(AlignConfig(source=source, per_class=2), fed, data)
+        assert (images.mean, images.std) == (fed.train.mean, fed.train.std), source
+        x = images.read([3]).float() / 255
+        expected = (x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+        assert torch.allclose(make_aligner(CONFIG, images, None).x[3], expected[0], atol=1e-6)
+
+
+def momentum_by_hand(config: AlignConfig, w: Tree, task: Task, x: torch.Tensor, y: torch.Tensor, round: int) -> Tree:
+    """Eq. (5) with momentum, and the draws of the stream (run, "align", round): a fresh permutation when less than a batch is left."""
+    draws = stream(task.seed, "align", round)
+    leaves = {k: v.clone().requires_grad_(k in task.trainable) for k, v in w.items()}
+    velocity: dict[str, torch.Tensor] = {}
+    order: list[int] = []
+    for _ in range(config.steps):
+        if len(order) < config.batch_size:
+            order += torch.randperm(len(y), generator=draws).tolist()
+        batch, order = order[: config.batch_size], order[config.batch_size :]
+        seen = augment(x[batch], draws, padding=1, flip=True, mode="sample")
+        loss = F.cross_entropy(task.forward(leaves, seen, train=False)[1], y[batch])
+        for k, g in zip(task.trainable, torch.autograd.grad(loss, [leaves[k] for k in task.trainable]), strict=True):
+            velocity[k] = config.momentum * velocity[k] + g if k in velocity else g
+            leaves[k] = (leaves[k] - config.lr * velocity[k]).detach().requires_grad_(True)
+    return {k: v.detach() for k, v in leaves.items()}
+
+
+def test_several_steps_by_hand_with_momentum_augmentation_and_order() -> None:
+    fed = toy.federation()
+    task, w = toy.task(fed, seed=3)
+    images = balanced(fed.train, 4, stream(0, "x"))
+    config = dataclasses.replace(CONFIG, momentum=0.9, augment="crop-flip", beta=0.0)
+    aligned, _ = make_aligner(config, images, None)(task, w, 7)
+    by_hand = momentum_by_hand(config, w, task, images.normalised(range(12)), torch.from_numpy(images.labels), 7)
+    for k in task.trainable:
+        assert torch.allclose(aligned[k], by_hand[k], atol=1e-6), k
+
+
+def test_the_temperature_reaches_both_softmaxes() -> None:
+    """At T = 2 the gradient of KL with respect to the logits is (p - q) / 2, softmaxes of halved logits."""
+    logits = torch.tensor([[1.0, 0.0, -1.0]], requires_grad=True)
+    q = torch.tensor([[0.0, 2.0, 0.0]])
+    (grad,) = torch.autograd.grad(kl(q, logits, 2.0), logits)
+    assert torch.allclose(grad, (torch.softmax(logits.detach() / 2, 1) - torch.softmax(q / 2, 1)) / 2, atol=1e-6)
+    fed = toy.federation()
+    task, w = toy.task(fed)
+    images = balanced(fed.train, 4, stream(0, "x"))
+    y = torch.from_numpy(images.labels)
+    config = dataclasses.replace(CONFIG, steps=1, batch_size=12, temperature=2.0)
+    _, loss = make_aligner(config, images, lambda x: knowing(y))(task, w, 1)
+    out = task.forward(w, images.normalised(range(12)), train=False)[1]
+    t, p = (knowing(y) / 2).log_softmax(1), (out / 2).log_softmax(1)
+    assert loss == pytest.approx(
+        float((F.cross_entropy(out, y) + (t.exp() * (t - p)).sum(1).mean()).detach()), abs=1e-6
+    )
+
+
+def test_the_accuracy_before_alignment_is_the_aggregated_models(tmp_path: Path) -> None:
+    fed = toy.federation(clients=2)
+    task, w = toy.task(fed)
+    config = FederateConfig(rounds=1, clients_per_round=2, local=LocalConfig(epochs=1, augment="none"))
+    with RunFolder(tmp_path / "plain", {}) as run:
+        federate(config, task, fed, w, run)
+        plain = read_rows(run.path / "rounds.jsonl")[-1]["accuracy"]
+    aligner = make_aligner(dataclasses.replace(CONFIG, lr=0.3, steps=30), balanced(fed.train, 4, stream(0, "x")), None)
+    with RunFolder(tmp_path / "aligned", {}) as run:
+        federate(config, task, fed, w, run, aligner=aligner)
+        row = read_rows(run.path / "rounds.jsonl")[-1]
+    assert row["accuracy_before_align"] == plain != row["accuracy"]
 
 
 def test_the_aligned_model_is_what_the_next_round_broadcasts(tmp_path: Path) -> None:

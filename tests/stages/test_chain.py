@@ -251,5 +251,7 @@ def test_a_finished_corpus_is_checked_itself_when_its_source_is_gone(tmp_path: P
 
 def test_unknown_alignment_source_is_refused() -> None:
     c = config(align={"source": "glyhps"})
-    with pytest.raises(UserError, match="align.source: unknown source 'glyhps'; use glyphs, leftover or folder:PATH"):
+    with pytest.raises(
+        UserError, match="align.source: unknown source 'glyhps'; use glyphs, leftover, val or folder:PATH"
+    ):
         chain.alignment_images(c, chain.federation_of(c))

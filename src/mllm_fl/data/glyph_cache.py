@@ -19,9 +19,10 @@ VERSION = 1
 """To be raised whenever the same request renders other pixels."""
 
 
-def key_of(texts: list[str], seed: int) -> str:
-    """The name of a request: hash of the version, the seed and the characters in order."""
-    return hashlib.sha256(f"{VERSION} {seed} {''.join(texts)}".encode()).hexdigest()[:16]
+def key_of(texts: list[str], seed: int, purpose: str = "") -> str:
+    """The name of a request: hash of the version, the seed, the stream's purpose and the characters in order."""
+    named = f"{seed} {purpose}".rstrip()
+    return hashlib.sha256(f"{VERSION} {named} {''.join(texts)}".encode()).hexdigest()[:16]
 
 
 def load(folder: Path, key: str) -> tuple[Tensor, list[Scene]] | None:

@@ -127,25 +127,35 @@ def render_glyphs(
 
 
 def glyph_set(
-    names: Sequence[str], per_class: int, seed: int, image_size: int = 16, cache: Path | None = None
+    names: Sequence[str], per_class: int, seed: int, image_size: int = 16, cache: Path | None = None, purpose: str = ""
 ) -> tuple[ImageSet, list[Scene]]:
-    """``per_class`` glyphs of each named class, in the order of ``names``, which are also the set's class names."""
+    """``per_class`` glyphs of each named class, in the order of ``names``, which are also the set's class names.
+
+    ``purpose`` names the stream beside the seed: sets of different purposes share no picture, nor does any with those of
+    :func:`render_glyphs`, which the bundled teachers were trained on.
+    """
     wanted = [character_of(name) for name in names]
     labels = np.repeat(np.arange(len(wanted)), per_class)
-    return _render([wanted[label] for label in labels], seed, labels, tuple(names), image_size, cache)
+    return _render([wanted[label] for label in labels], seed, labels, tuple(names), image_size, cache, purpose)
 
 
 def _render(
-    texts: list[str], seed: int, labels: np.ndarray, names: tuple[str, ...], size: int, cache: Path | None
+    texts: list[str],
+    seed: int,
+    labels: np.ndarray,
+    names: tuple[str, ...],
+    size: int,
+    cache: Path | None,
+    purpose: str = "",
 ) -> tuple[ImageSet, list[Scene]]:
     from mllm_fl.data import glyph_cache
 
-    key = glyph_cache.key_of(texts, seed) if cache else ""
+    key = glyph_cache.key_of(texts, seed, purpose) if cache else ""
     found = glyph_cache.load(cache, key) if cache else None
     if found is None:
         blocks, scenes = [], []
         for start in range(0, len(texts), _CHUNK):
-            cells, records = _draw(texts[start : start + _CHUNK], seed, start)
+            cells, records = _draw(texts[start : start + _CHUNK], seed, start, purpose)
             blocks.append(cells)
             scenes.extend(records)
         found = torch.cat(blocks), scenes
@@ -179,8 +189,8 @@ class _Draw:
     scan: int
 
 
-def _choose(text: str, seed: int, index: int) -> _Draw:
-    rng = numpy_stream(seed, "glyph", index)
+def _choose(text: str, seed: int, index: int, purpose: str) -> _Draw:
+    rng = numpy_stream(seed, f"glyph {purpose}".rstrip(), index)
     face: Face = FACES[int(rng.integers(len(FACES)))]
     options = masters(text, face)
     master = options[int(rng.integers(len(options)))]
@@ -197,9 +207,9 @@ def _choose(text: str, seed: int, index: int) -> _Draw:
     )  # fmt: skip
 
 
-def _draw(texts: list[str], seed: int, start: int) -> tuple[Tensor, list[Scene]]:
+def _draw(texts: list[str], seed: int, start: int, purpose: str) -> tuple[Tensor, list[Scene]]:
     """8 x 8 counts (uint8) and scenes of a chunk of glyphs, the first of which has index ``start``."""
-    draws = [_choose(text, seed, start + i) for i, text in enumerate(texts)]
+    draws = [_choose(text, seed, start + i, purpose) for i, text in enumerate(texts)]
     ink = torch.stack([d.half - d.master.pen if d.pen else d.half - d.master.half - d.master.outline for d in draws])
     side = ink.shape[-1]
     column = partial(torch.tensor, dtype=torch.float32)

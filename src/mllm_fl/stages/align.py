@@ -25,7 +25,11 @@ import torch
 from torch import Tensor
 
 from mllm_fl.algorithms.base import Task
+from mllm_fl.data.config import DataConfig
 from mllm_fl.data.federation import Federation
+from mllm_fl.data.folder import all_images
+from mllm_fl.data.glyphs import glyph_set
+from mllm_fl.data.imagenet_lt import load_list
 from mllm_fl.data.images import ImageSet
 from mllm_fl.engines.local import LocalConfig, augmented
 from mllm_fl.errors import UserError
@@ -38,12 +42,14 @@ from mllm_fl.trees import Tree, clone
 class AlignConfig:
     """``[align]``: the alignment of the aggregated model.
 
-    ``source``: "glyphs" (rendered for the class names), "leftover" (training images outside the long-tailed subset), or
-    ``folder:PATH``. ``when``: after every aggregation, or once after the last. ``parameters``: what eq. (5) updates.
+    ``source``: "glyphs" (rendered for the class names), "leftover" (training images outside the long-tailed subset), "val" (ImageNet-LT's
+    validation list), or ``folder:PATH``. ``per_class``: images of each class; absent means 1,000 in all, at least one a class (100 of ten
+    classes, 10 of a hundred: the size that FEDIC holds out; the paper says "small"), and of "val" all that every class has, 20.
+    ``when``: after every aggregation, or once after the last. ``parameters``: what eq. (5) updates.
     """
 
     source: str = "leftover"
-    per_class: int = 100
+    per_class: int | None = None
     beta: float = 1.0
     temperature: float = 1.0
     lr: float = 0.01
@@ -58,16 +64,49 @@ class AlignConfig:
 
     def __post_init__(self) -> None:
         for name in ("per_class", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"align.{name}", f"{getattr(self, name)} is below 1", "leave [align] out to switch alignment off"
-                )
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"align.{name}", f"{value} is below 1", "leave [align] out to switch alignment off")
         if not self.beta >= 0:
             raise UserError("align.beta", f"{self.beta} is negative", "0 is cross-entropy alone")
         if not self.temperature > 0:
             raise UserError("align.temperature", f"{self.temperature} is not positive")
         if not 0 < self.lr <= 1000:
             raise UserError("align.lr", f"{self.lr} is not in (0, 1000]")
+
+
+IMAGES = 1000
+"""Alignment images in all, where ``per_class`` does not say."""
+
+
+def alignment_set(config: AlignConfig, federation: Federation, data: DataConfig) -> ImageSet:
+    """D_align: class-balanced server images from the source that [align] names, at the size and normalisation of the clients' images.
+
+    Raises:
+        UserError: an unknown source, a class that is missing or has too few images, nothing left over.
+    """
+    names, side = federation.class_names, int(federation.test.read([0]).shape[-1])
+    per_class = config.per_class or max(1, IMAGES // len(names))
+    draws = stream(config.seed, "d_align")
+    if config.source == "leftover":
+        return leftovers(federation, per_class, draws)
+    if config.source == "glyphs":
+        images, _ = glyph_set(names, per_class, config.seed, image_size=side, purpose="d_align")
+    elif config.source == "val":
+        if data.source != "imagenet-lt":
+            raise UserError(
+                "align.source",
+                f"'val' is ImageNet-LT's validation list, but data.source is {data.source!r}",
+                "use leftover or folder:PATH",
+            )
+        images = in_order_of(names, load_list(data.root, "val", side))
+        per_class = config.per_class or min(images.class_counts())
+    elif config.source.startswith("folder:"):
+        images = in_order_of(names, all_images(config.source.removeprefix("folder:"), side))
+    else:
+        raise UserError("align.source", f"unknown source {config.source!r}", "use glyphs, leftover, val or folder:PATH")
+    images = replace(images, mean=federation.train.mean, std=federation.train.std)
+    return images if config.source == "glyphs" else balanced(images, per_class, draws)
 
 
 def in_order_of(class_names: Sequence[str], images: ImageSet) -> ImageSet:
@@ -110,6 +149,9 @@ def leftovers(federation: Federation, per_class: int, generator: torch.Generator
 
     CReFF's long tail keeps the largest class whole, so that class has none left: what is missing is drawn from the images
     that clients hold too, and the set's name says how many. The paper does not say where its images come from.
+
+    Raises:
+        UserError: nothing is left over, because the clients hold every training image.
     """
     candidates, held_too = [], 0
     held = torch.zeros(len(federation.train), dtype=torch.bool)
@@ -117,6 +159,12 @@ def leftovers(federation: Federation, per_class: int, generator: torch.Generator
     labels = torch.from_numpy(federation.train.labels)
     spare = torch.zeros_like(held)
     spare[list(federation.spare) if federation.spare is not None else ~held] = True
+    if not bool(spare.any()):
+        raise UserError(
+            "align.source",
+            f"no image is left over: the clients hold all {int(held.sum())} that are at hand",
+            "cut a long tail (data.imbalance_factor), or use glyphs, val or folder:PATH",
+        )
     for c in range(len(federation.class_names)):
         free, rest = (torch.nonzero((labels == c) & m).flatten() for m in (spare, held))
         short = max(0, per_class - len(free))

@@ -20,8 +20,6 @@ from mllm_fl.data.check import known, leaks
 from mllm_fl.data.describe import summary
 from mllm_fl.data.federation import Federation
 from mllm_fl.data.federation import build as build_federation
-from mllm_fl.data.folder import all_images
-from mllm_fl.data.glyphs import glyph_set
 from mllm_fl.data.images import ImageSet
 from mllm_fl.data.longtail import groups
 from mllm_fl.data.manifest import load as load_manifest
@@ -36,8 +34,7 @@ from mllm_fl.events import Event, Progress, silent
 from mllm_fl.models.network import Network, build_network
 from mllm_fl.models.teacher.clip import load_teacher
 from mllm_fl.runs import RunFolder, config_hash, differences, environment, read_json, read_rows
-from mllm_fl.seeds import stream
-from mllm_fl.stages.align import AlignConfig, Aligner, balanced, in_order_of, leftovers, make_aligner
+from mllm_fl.stages.align import AlignConfig, Aligner, alignment_set, make_aligner
 from mllm_fl.stages.annotate import annotate, corpus_prints, open_prints
 from mllm_fl.stages.federate import federate, outcome
 from mllm_fl.stages.pretrain import pretrain
@@ -135,17 +132,7 @@ def _side(federation: Federation) -> int:
 def alignment_images(config: Config, federation: Federation) -> ImageSet:
     """D_align: class-balanced server images from the source that [align] names, normalised like the clients' images."""
     assert config.align is not None
-    c = config.align
-    if c.source == "glyphs":
-        images, _ = glyph_set(federation.class_names, c.per_class, c.seed, image_size=_side(federation))
-        return dataclasses.replace(images, mean=federation.train.mean, std=federation.train.std)
-    if c.source == "leftover":
-        return leftovers(federation, c.per_class, stream(c.seed, "d_align"))
-    if c.source.startswith("folder:"):
-        images = all_images(c.source.removeprefix("folder:"), _side(federation))
-        images = dataclasses.replace(images, mean=federation.train.mean, std=federation.train.std)
-        return balanced(in_order_of(federation.class_names, images), c.per_class, stream(c.seed, "d_align"))
-    raise UserError("align.source", f"unknown source {c.source!r}", "use glyphs, leftover or folder:PATH")
+    return alignment_set(config.align, federation, config.data)
 
 
 def aligner_of(config: Config, federation: Federation, images: ImageSet | None) -> Aligner | None:
