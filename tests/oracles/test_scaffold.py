@@ -1,0 +1,48 @@
+"""SCAFFOLD (arXiv:1910.06378, Algorithm 1, option II) in NumPy, with a client that is away for a round."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.oracles import plain
+
+from mllm_fl.algorithms.base import Broadcast, Local
+from mllm_fl.algorithms.scaffold import Scaffold
+from mllm_fl.conformance.play import play
+from mllm_fl.errors import UserError
+
+
+@pytest.mark.parametrize("control", [1.0, 0.4])
+def test_three_rounds_in_numpy(control: float) -> None:
+    world = plain.world()
+    w, data = plain.of(world.w), [plain.seen(c) for c in world.clients]
+    zero = {k: 0 * v for k, v in w.items()}
+    c, mine = zero, [zero] * 3
+    for t in (1, 2, 3):
+        online = [k for k in range(3) if (t, k) != (2, 0)]
+        local, change = [], []
+        for k in online:
+            m, y = data[k]
+            v = w
+            for _ in range(plain.STEPS):
+                g = plain.slope(plain.on(plain.ce, m, y), v)
+                v = {n: v[n] - plain.LR * (g[n] + control * (c[n] - mine[k][n])) for n in v}
+            new = {n: mine[k][n] - c[n] + (w[n] - v[n]) / (plain.STEPS * plain.LR) for n in v}
+            change.append({n: new[n] - mine[k][n] for n in v})
+            local.append(v)
+            mine[k] = new
+        w = plain.mean([(16, 11, 7)[k] for k in online], local)
+        share = len(online) / 3
+        c = {n: c[n] + share * sum(d[n] for d in change) / len(online) for n in c}
+    played = play(Scaffold(control=control), world, 3, local=plain.LOCAL, absent={(2, 0)})
+    plain.near(played.state.w, w)
+    plain.near(played.state.extra, c)
+    plain.near(played.memory[0], mine[0])
+
+
+def test_local_momentum_is_refused() -> None:
+    world = plain.world()
+    local = Local(0, world.w, 3, 0.5, world.shard(0, 1), 0.1, 0.9)
+    msg = Broadcast(world.w, {k: torch.zeros_like(v) for k, v in world.w.items()})
+    with pytest.raises(UserError, match=r"federate.local.momentum: .*plain SGD"):
+        Scaffold().finish(world.task, local, msg, {})
