@@ -73,7 +73,9 @@ def test_batch_norm_policy_decides_what_a_client_starts_from(policy: str) -> Non
     fed = toy.federation()
     task, w = toy.task(fed)
     w["backbone.bn.running_mean"] = torch.full((2,), 5.0)
+    w["backbone.bn.running_var"] = torch.full((2,), 3.0)
     seen: list[float] = []
+    variance: list[float] = []
 
     class Spy(FedAvg):
         def begin(self, task, msg, mine, shard):  # type: ignore[no-untyped-def]
@@ -81,15 +83,19 @@ def test_batch_norm_policy_decides_what_a_client_starts_from(policy: str) -> Non
 
         def objective(self, task, w, msg, mine, x, y):  # type: ignore[no-untyped-def]
             seen.append(float(w["backbone.bn.running_mean"][0]))
+            variance.append(float(w["backbone.bn.running_var"][0]))
             return super().objective(task, w, msg, mine, x, y)
 
     _, mine = train_client(task, Spy(), Broadcast(w, {}), {}, Shard(0, 1, fed.client(0), 0), LOCAL, policy)
     first = seen[0]
+    assert variance[0] == (1.0 if policy == "reset" else 3.0)
+    remembered = digest(mine)
     seen.clear()
     update, _ = train_client(task, Spy(), Broadcast(w, {}), mine, Shard(0, 2, fed.client(0), 0), LOCAL, policy)
     assert first == (0.0 if policy == "reset" else 5.0)
     assert (seen[0] == first) == (policy != "local")  # its own last statistics are neither 5 nor 0
     assert "backbone.bn.running_mean" in update.w
+    assert digest(mine) == remembered  # training moves the client's own copy, not its memory of last time
 
 
 @pytest.mark.parametrize("side", [8, 16, 28, 32])

@@ -234,6 +234,34 @@ def test_a_test_image_among_the_open_or_alignment_images_is_found_before_anythin
         chain.align_finished(aligned, tmp_path)
 
 
+def test_training_images_that_are_test_images_are_counted(tmp_path: Path) -> None:
+    c = config(pretrain=False, annotate=False, align=False)
+    fed = chain.federation_of(c)
+    sets = {
+        "train": fed.test.subset([1, 2, 3]),
+        "align": fed.test.subset([5]),
+        "unlabelled": fed.train,
+        "labelled": None,
+    }
+    declared = dataclasses.replace(c, data=dataclasses.replace(c.data, leaks_declared=4))
+    expected = {"train/test": 3, "align/test": 1, "unlabelled/test": 0}
+    assert chain.leaks_of(declared, tmp_path, fed, sets) == expected
+    with pytest.raises(UserError, match="4 images are also in the test set"):
+        chain.leaks_of(c, tmp_path, fed, sets)
+
+
+def test_pretraining_normalises_as_the_federation_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = config()
+    fed = chain.federation_of(c)
+    other = dataclasses.replace(fed, train=dataclasses.replace(fed.train, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(chain, "federation_of", lambda c: other)
+    monkeypatch.setattr(chain, "annotate_stage", lambda *args: tmp_path)
+    monkeypatch.setattr(chain, "pretrain", lambda *args, **more: seen.update(more))
+    chain.pretrain_stage(c, tmp_path)
+    assert (seen["mean"], seen["std"], seen["side"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 16)
+
+
 def test_a_finished_corpus_is_checked_itself_when_its_source_is_gone(tmp_path: Path) -> None:
     c = config(data=RAW["data"] | {"image_size": 24})
     test = chain.federation_of(c).test

@@ -71,6 +71,18 @@ def test_uniform_sampling_depends_on_the_run_seed() -> None:
     draws = [list(itertools.islice(online_clients(config, 20, 7, seed), 3)) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     assert all(len(set(s)) == 8 for s in draws[0])
+    assert len({tuple(s) for s in draws[0]}) == 3  # each round draws anew
+
+
+def test_the_training_loss_of_a_round_weighs_clients_by_their_images(run: RunFolder) -> None:
+    fed = toy.federation(clients=2, per_class=7)
+    task, w = toy.task(fed)
+    federate(dataclasses.replace(BASE, rounds=1), task, fed, w, run)
+    (row,), clients = (read_rows(run.path / n) for n in ("rounds.jsonl", "clients.jsonl"))
+    (a, b), (n, m) = [c["loss"] for c in clients], [c["samples"] for c in clients]
+    assert {n, m} == {10, 11}
+    assert row["train_loss"] == pytest.approx((a * n + b * m) / 21, rel=1e-12)
+    assert row["train_loss"] != pytest.approx((a + b) / 2, rel=1e-4)
 
 
 def test_learns_and_records(run: RunFolder) -> None:

@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -124,6 +124,47 @@ def test_first_loss_by_hand(teacher: LlavaTeacher, corpus: Path, tmp_path: Path)
     (row,) = rows(tmp_path)
     assert row["lm_loss"] == pytest.approx(float(lm.detach()), rel=1e-5)
     assert row["loss"] == pytest.approx(float((lm + 3 * mse).detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha", ["zero", "one"])
+def test_the_conversations_in_the_language_model_meet_their_own_pictures(
+    teacher: LlavaTeacher, corpus: Path, tmp_path: Path, alpha: Literal["zero", "one"]
+) -> None:
+    """With ``lm_samples`` the first few of the batch, by hand: at alpha 0 CLIP's features, at alpha 1 the compact model's tokens."""
+    config = replace(CONFIG, alpha=alpha, feature_mse=1.0, batch_size=6, lm_samples=2, steps=1, max_tokens=512)
+    c, net = Corpus.open(corpus), network()
+    trainer = stage._Trainer(config, network(), c, teacher, tmp_path, 0, (0.5,) * 3, (0.5,) * 3, {})
+    batch = trainer._batch(0)
+    images = torch.tensor([c.images.index(c.records[int(i)].image) for i in batch])
+    x = c.pixels(16)[images]
+    tokens = net.train().tokens((x.float() / 255 - 0.5) / 0.5, teacher.grid)[:2]
+    said = collate([trainer.samples[int(i)] for i in batch[:2]], teacher.processor.tokenizer.pad_token_id)
+    z = teacher.features(x[:2]) if alpha == "zero" else None
+    expected = lm_loss(teacher, *said, tokens, float(alpha == "one"), z)
+    assert len(set(images.tolist())) > 2
+    assert trainer._step(0)["lm_loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_the_scheduled_rate_and_the_clipped_gradient_reach_the_weights(
+    teacher: LlavaTeacher, corpus: Path, tmp_path: Path
+) -> None:
+    """AdamW's first step moves each weight by lr g / (|g| + 1e-8): by the rate of step 0, and hardly when g is clipped to nothing."""
+    start = network().state_dict()
+
+    def moved(name: str, **change: Any) -> float:
+        w = pretrain(
+            replace(CONFIG, steps=1, alpha="one", **change), network(), corpus, tmp_path / name, teacher=teacher
+        )
+        return float(max((w[k] - start[k]).abs().max() for k, _ in network().named_parameters()))
+
+    assert moved("warm", epochs=2.0, batch_size=64, warmup=0.0) == pytest.approx(CONFIG.lr, rel=1e-2)
+    trainer = stage._Trainer(
+        replace(CONFIG, steps=10, warmup=0.5, alpha="one"), network(), Corpus.open(corpus), teacher, tmp_path, 0, (0.5,) * 3, (0.5,) * 3, {}
+    )  # fmt: skip
+    trainer._step(0)
+    first = float(max((p.detach() - start[k]).abs().max() for k, p in trainer.trainable.items()))
+    assert first == pytest.approx(CONFIG.lr / 5, rel=1e-2)
+    assert moved("clipped", grad_clip=1e-12) < 1e-3 * CONFIG.lr
 
 
 def test_at_alpha_one_clip_is_never_run(teacher: LlavaTeacher, corpus: Path, tmp_path: Path) -> None:
