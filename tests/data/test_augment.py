@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mllm_fl.data.augment import augment, scaled_padding
+from mllm_fl.data.augment import Draws, augment, cropped, draws, scaled_padding
 from mllm_fl.errors import UserError
+from mllm_fl.seeds import stream
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -76,3 +77,18 @@ def test_padding_scales_with_the_image_and_modes_are_checked() -> None:
     assert [scaled_padding(size) for size in (4, 8, 16, 28, 32, 64, 224)] == [1, 1, 2, 4, 4, 8, 28]
     with pytest.raises(UserError, match="use 'batch' or 'sample'"):
         augment(ramp(1), generator(), padding=1, flip=True, mode="stars")
+
+
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+@pytest.mark.parametrize("flip", [True, False])
+def test_one_gather_from_stored_pixels_gives_the_augmented_batch(mode: str, flip: bool) -> None:
+    """Three batches of four images at a time: the same numbers as normalising, padding, cropping and flipping each."""
+    pixels = torch.randint(0, 256, (9, 3, 8, 6), dtype=torch.uint8, generator=stream(0, "pixels"))
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
+    at = torch.tensor([[0, 5, 5, 8], [1, 2, 3, 4], [8, 7, 6, 0]])
+    options = {"padding": 2, "flip": flip, "mode": mode}
+    whole = (pixels.float() / 255 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    expected = [augment(whole[a], stream(k, "augment"), **options) for k, a in enumerate(at)]  # type: ignore[arg-type]
+    drawn = [draws(4, stream(k, "augment"), **options) for k in range(3)]  # type: ignore[arg-type]
+    stacked = Draws(*(torch.stack([v.expand(4) for v in column]) for column in zip(*drawn, strict=True)))
+    assert torch.equal(cropped(pixels, at, stacked, 2, mean, std), torch.stack(expected))

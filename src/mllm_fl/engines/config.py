@@ -17,25 +17,30 @@ class EngineConfig:
     ``workers``: of the parallel engine; absent means all usable cores, shared between the runs of ``--jobs``.
     ``precision``: "fp32", or "bf16" for forward and backward passes under autocast (weights and sums stay float32). ``layout``: how
     images lie in memory. ``compile``: whether the passes are compiled. "auto" is what a short probe of this chip found fastest;
-    a run's env.json records what was chosen, and resuming keeps it.
+    a run's env.json records what was chosen, and resuming keeps it. ``device``: of the batched engine, which alone can use a GPU;
+    "auto" takes CUDA where there is one. There precision "tf32" rounds the factors of float32 products to 10 bits (on a CPU it is fp32).
     """
 
     name: Literal["auto", "parallel", "serial", "batched"] = "auto"
     workers: int | None = None
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     layout: Literal["auto", "nchw", "channels_last"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         for key, known in (
             ("name", ("auto", "parallel", "serial", "batched")),
-            ("precision", ("auto", "fp32", "bf16")),
+            ("precision", ("auto", "fp32", "tf32", "bf16")),
             ("layout", ("auto", "nchw", "channels_last")),
             ("compile", ("auto", "on", "off")),
+            ("device", ("auto", "cpu", "cuda")),
         ):
             if getattr(self, key) not in known:
                 raise UserError(
                     f"federate.engine.{key}", f"{getattr(self, key)!r} is unknown", f"use {' or '.join(known)}"
                 )
+        if self.device == "cuda" and self.name != "batched":
+            raise UserError("federate.engine.device", f"'cuda' with the {self.name} engine", 'set name = "batched"')
         if self.workers is not None and self.workers < 1:
             raise UserError("federate.engine.workers", f"{self.workers} is below 1")
