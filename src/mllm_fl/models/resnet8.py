@@ -13,7 +13,6 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 STRIDE = 4
 """Pixels of the image a side per position of the feature map."""
 
