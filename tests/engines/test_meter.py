@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from mllm_fl.engines.meter import Meter, Nvml, Rapl, peaks
 
@@ -71,9 +74,22 @@ def test_gpus_are_added_by_the_driver_s_own_counter() -> None:
 def test_a_lap_has_both_energies_and_the_peaks() -> None:
     row = Meter((lambda: 1.5, lambda: None)).lap()
     assert (row["cpu_joules"], row["gpu_joules"]) == (1.5, None)
-    assert set(row) == {"cpu_joules", "gpu_joules", "peak_bytes", "peak_child_bytes", "peak_gpu_bytes"}
+    assert set(row) == {"cpu_joules", "gpu_joules", "peak_bytes", "peak_workers_bytes", "peak_gpu_bytes"}
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text()
         high = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
         now = peaks()["peak_bytes"]
         assert now is not None and abs(now / 1024 - high) < 0.2 * high
+
+
+def test_workers_are_those_that_live() -> None:
+    if sys.platform != "linux":
+        pytest.skip("children are listed on Linux alone")
+    with subprocess.Popen(
+        [sys.executable, "-c", "x = bytearray(80 << 20); print(); input()"], stdin=-1, stdout=-1
+    ) as child:
+        assert child.stdout is not None and child.stdin is not None
+        child.stdout.readline()
+        found = peaks()["peak_workers_bytes"]
+        child.communicate(b"\n")
+    assert found is not None and found > 80 << 20

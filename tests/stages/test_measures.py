@@ -55,7 +55,7 @@ def test_costs_are_one_step_multiplied() -> None:
         "bytes_down": 60,
     }
     assert found["joules"] == {"cpu": 11.0, "gpu": None}
-    assert found["peak_bytes"] == {"process": 90, "largest_child": None, "gpu": None}
+    assert found["peak_bytes"] == {"process": 90, "workers": None, "gpu": None}
     twice = overhead(replace(config, local=replace(LOCAL, epochs=4)), task, fed, Server(w, round=2), ROWS)
     assert twice["flop"]["clients"] == 2 * flop["clients"]
 

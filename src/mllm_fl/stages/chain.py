@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mllm_fl.algorithms.base import Task
+from mllm_fl.algorithms.base import Shard, Task
 from mllm_fl.annotate.corpus import Corpus
 from mllm_fl.config import Config
 from mllm_fl.data.check import known, leaks
@@ -37,6 +37,7 @@ from mllm_fl.runs import RunFolder, config_hash, differences, environment, read_
 from mllm_fl.stages.align import AlignConfig, Aligner, alignment_set, make_aligner
 from mllm_fl.stages.annotate import annotate, corpus_prints, open_prints
 from mllm_fl.stages.federate import federate, outcome
+from mllm_fl.stages.measures import overhead, standing
 from mllm_fl.stages.pretrain import pretrain
 from mllm_fl.stages.server import clients_logits, unlabelled_images
 from mllm_fl.toml import to_dict
@@ -224,6 +225,15 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
         }  # fmt: skip
         final["seconds"] |= stage_one_seconds(config, root)
         final["seconds"]["total"] = sum(final["seconds"].values())
+        rows = {name: read_rows(path / f"{name}.jsonl") for name in ("rounds", "clients", "timings")}
+        final |= standing(final["last"], rows["rounds"], federation)
+        first = next(k for k, held in enumerate(federation.clients) if held)
+        shard = Shard(first, state.round + 1, federation.client(first), config.seed, (teacher or {}).get(first))
+        card, made = stage_one_records(config, root)
+        final["overhead"] = overhead(
+            fed, task, federation, state, rows,
+            batch_norm=config.model.batch_norm, aligner=aligner, shard=shard, card=card, pretrained=made,
+        )  # fmt: skip
         folder.write_json("final.json", final)
         folder.event("finished")
         return final
@@ -310,6 +320,7 @@ def align_finished(config: Config, root: Path, progress: Progress = silent) -> d
             "last": scores.scores(groups(federation.class_counts)) | {"confusion": scores.counts.tolist()},
             "align": {"source": images.name, "images": len(images), **to_dict(config.align)}, "teacher": _teacher_record(config, aligner),
         }  # fmt: skip
+        final |= {"per_client": standing(final["last"], [], federation)["per_client"], "forgetting": None}
         folder.write_json("aligned.json", final)
         return final
 
@@ -340,11 +351,17 @@ def _check_leaks(config: Config, found: dict[str, int]) -> None:
 
 def stage_one_seconds(config: Config, root: Path) -> dict[str, float]:
     """What the corpus and the pretraining that this run used have cost, from their own records, shared or resumed or not."""
-    if config.pretrain is None:
+    card, made = stage_one_records(config, root)
+    if card is None or made is None:
         return {}
-    card = read_json(corpus_path(config, root) / "card.json")
-    made = read_json(pretrain_path(config, root) / "pretrain.json")
     return {"annotate": sum(float(k["seconds"]) for k in card["kinds"].values()), "pretrain": float(made["seconds"])}
+
+
+def stage_one_records(config: Config, root: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The card of the corpus and the record of the pretraining that this run used; None without stage 1."""
+    if config.pretrain is None:
+        return None, None
+    return read_json(corpus_path(config, root) / "card.json"), read_json(pretrain_path(config, root) / "pretrain.json")
 
 
 def save_model(path: Path, w: Tree, config: Config, federation: Federation) -> None:

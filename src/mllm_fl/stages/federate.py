@@ -31,6 +31,7 @@ from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
 from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.engines.local import LocalConfig
+from mllm_fl.engines.meter import Meter
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
 from mllm_fl.metrics import SCORES, summarise
@@ -140,12 +141,12 @@ def federate(
     run.rewind(lengths)
     draws = online_clients(config, len(task.population), federation.manifest.seed, task.seed)
     note = ""
-    groups = groups_of(federation.class_counts)
+    groups, meter = groups_of(federation.class_counts), Meter()
     for t, online in zip(range(1, config.rounds + 1), draws, strict=False):
         if t <= state.round:
             continue
         state, memory, row = _round(
-            config, task, federation, state, memory, online, run, engine, aligner, groups, teacher or {}
+            config, task, federation, state, memory, online, run, engine, aligner, groups, teacher or {}, meter
         )
         run.append("rounds.jsonl", [row])
         if t % config.checkpoint_every == 0 or t == config.rounds:
@@ -198,6 +199,7 @@ def _round(
     aligner: Aligner | None,
     groups: Groups,
     teacher: Mapping[int, Tensor],
+    meter: Meter,
 ) -> tuple[Server, dict[int, Tree], dict[str, Any]]:
     t = state.round + 1
     start = time.perf_counter()
@@ -285,6 +287,7 @@ def _round(
                 "server_seconds": aggregated - start - client_seconds,
                 "align_seconds": aligned - aggregated,
                 "eval_seconds": now - aligned,
+                **meter.lap(),
             }
         ],
     )

@@ -71,7 +71,7 @@ def overhead(
             name: max((r[key] for r in timings if r.get(key) is not None), default=None)
             for name, key in (
                 ("process", "peak_bytes"),
-                ("largest_child", "peak_child_bytes"),
+                ("workers", "peak_workers_bytes"),
                 ("gpu", "peak_gpu_bytes"),
             )
         },

@@ -19,6 +19,7 @@ from mllm_fl.models.network import build_network
 from mllm_fl.runs import RunFolder, config_hash, differences, environment, read_json
 from mllm_fl.stages.chain import engine_of, federation_of, run_path, save_model, task_of
 from mllm_fl.stages.federate import concluded
+from mllm_fl.stages.measures import standing
 from mllm_fl.toml import read_toml, to_dict
 from mllm_fl.trees import clone, digest
 
@@ -101,6 +102,7 @@ def from_finished(
             "seconds": before["seconds"] | {"server": before["seconds"]["server"] + survey["seconds"], "total": before["seconds"]["total"] + survey["seconds"]},
             "environment": environment(), "command": command,
         }  # fmt: skip
+        final |= {"per_client": standing(final["last"], [], federation)["per_client"], "forgetting": None}
         folder.write_json("final.json", final)
         folder.event("finished", source=str(source))
         return final
