@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mllm_fl.algorithms.base import Algorithm, Broadcast, Shard, Task, Update
 from mllm_fl.data.images import ImageSet
 from mllm_fl.engines.config import EngineConfig
+from mllm_fl.engines.cores import workers_at_hand
 from mllm_fl.engines.local import LocalConfig
+from mllm_fl.errors import UserError
 from mllm_fl.metrics import Evaluation
 from mllm_fl.trees import Tree
 
@@ -53,6 +55,12 @@ def ignored(kind: str, **fields: object) -> None:
     """The event handler of an engine that nobody listens to."""
 
 
+def client_failed(who: str, said: str, traceback: str, fields: dict[str, Any], on_event: OnEvent) -> UserError:
+    """The one line for an exception in a client's hooks, after an event has kept its whole traceback."""
+    on_event("client failed", **fields, cause=traceback)
+    return UserError(who, said, "its traceback is in events.jsonl; mend the cause, and the same command resumes")
+
+
 def open_engine(
     config: EngineConfig,
     task: Task,
@@ -66,10 +74,17 @@ def open_engine(
     Precision and layout are the task's (:func:`mllm_fl.engines.probe.chosen` decides them before the task is made).
     """
     if config.name == "batched":
-        from mllm_fl.engines.batched import BatchedEngine  # type: ignore[import-not-found]
+        from mllm_fl.engines.batched import BatchedEngine
 
-        engine: Engine = BatchedEngine(config, task, algorithm, local, batch_norm, on_event)
-        return engine
+        return BatchedEngine(config, task, algorithm, local, batch_norm, on_event)
+    if config.name == "parallel":
+        from mllm_fl.engines.parallel import ParallelEngine
+
+        return ParallelEngine(config, task, algorithm, local, batch_norm, on_event)
+    if config.name == "auto" and (config.workers or workers_at_hand()) > 1:
+        from mllm_fl.engines.auto import AutoEngine
+
+        return AutoEngine(config, task, algorithm, local, batch_norm, on_event)
     from mllm_fl.engines.serial import SerialEngine
 
     return SerialEngine(config, task, algorithm, local, batch_norm, on_event)

@@ -9,14 +9,19 @@ from mllm_fl.data.images import ImageSet
 from mllm_fl.metrics import Evaluation
 from mllm_fl.trees import Tree
 
+BATCH = 500  # images a pass
+
 
 @torch.no_grad()
-def evaluate(task: Task, w: Tree, images: ImageSet, batch_size: int = 500) -> Evaluation:
-    """What the model ``w`` does on ``images``: confusion matrix and calibration; ``w`` is not changed."""
-    classes = len(task.class_names)
-    total = Evaluation.none(classes)
+def evaluate(task: Task, w: Tree, images: ImageSet, start: int = 0, stop: int | None = None) -> Evaluation:
+    """What the model ``w`` does on ``images``: confusion matrix and calibration; ``w`` is not changed.
+
+    ``start``, ``stop``: only these positions. Parts that begin at multiples of ``BATCH`` see the same batches as the whole,
+    and their sum is the whole, exactly.
+    """
+    total = Evaluation.none(len(task.class_names))
     labels = torch.from_numpy(images.labels)
-    for batch in torch.split(torch.arange(len(images)), batch_size):
+    for batch in torch.split(torch.arange(start, len(images) if stop is None else stop), BATCH):
         logits = task.forward(w, images.normalised(batch.tolist()), train=False)[1]
         total = total + Evaluation.of(labels[batch], logits)
     return total

@@ -99,7 +99,7 @@ def train_client(
             optimiser.step()
             loss_sum += float(loss.detach())
             steps += 1
-    w = {k: v.detach() for k, v in w.items()}
+    w = {k: v.detach().contiguous() for k, v in w.items()}  # one layout leaves, whatever it was trained in
     update, remembered = algorithm.finish(
         task, Local(shard.client, w, steps, loss_sum / max(steps, 1), shard, config.lr, config.momentum), msg, mine
     )

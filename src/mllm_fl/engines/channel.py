@@ -1,0 +1,177 @@
+"""What the parallel engine's processes say to one another: objects over a socket, images once, in memory that all of them see.
+
+This is multiprocessing's own channel between processes that we started ourselves; nothing is ever written to a file that could be
+read back. Tensors travel as plain bytes, contiguous, and arrive in memory that torch allocated, so that a worker computes on equally
+aligned numbers. Images (:class:`MemoryPixels` beyond a megabyte, and any pixels that are read from disk) are sent by number.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler, recv_handle, send_handle
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mllm_fl.data.images import MemoryPixels, Pixels
+
+INLINE = 1 << 20  # bytes up to which images travel with their message
+_SIZES = struct.Struct("<Q")
+_attached: dict[int, Pixels] = {}  # in a worker: the pixels that were sent to it, by number
+
+
+def _tensor(flat: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...], parameter: bool) -> Tensor:
+    found = torch.from_numpy(flat).view(dtype).view(shape).clone()
+    return nn.Parameter(found, requires_grad=found.is_floating_point()) if parameter else found
+
+
+def _flat(v: Tensor) -> np.ndarray:
+    flat: np.ndarray = v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def _pixels(number: int) -> Pixels:
+    return _attached[number]
+
+
+class _Packer(ForkingPickler):
+    def __init__(self, file: io.BytesIO, aside: Callable[[Any], None], numbers: dict[int, int], used: set[int]) -> None:
+        super(ForkingPickler, self).__init__(file, 5, buffer_callback=aside)
+        self.numbers, self.used = numbers, used
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Tensor):
+            return _tensor, (_flat(obj), obj.dtype, tuple(obj.shape), isinstance(obj, nn.Parameter))
+        if id(obj) in self.numbers:
+            self.used.add(self.numbers[id(obj)])
+            return _pixels, (self.numbers[id(obj)],)
+        if isinstance(obj, MemoryPixels):
+            return MemoryPixels, (obj.tensor,)  # images as they were before resizing are looked at by leak checks only
+        return NotImplemented
+
+
+def pack(obj: Any, numbers: dict[int, int] | None = None) -> tuple[bytes, set[int]]:
+    """``obj`` as one run of bytes, and the numbers of the images that it refers to.
+
+    ``numbers``: by ``id``, the pixels that are sent apart (:class:`Shelf`).
+    """
+    body, aside, used = io.BytesIO(), [], set[int]()
+    _Packer(body, lambda b: aside.append(b.raw()), numbers or {}, used).dump(obj)  # type: ignore[func-returns-value]
+    parts = [body.getbuffer(), *aside]
+    head = _SIZES.pack(len(parts)) + b"".join(_SIZES.pack(p.nbytes) for p in parts)
+    return b"".join([head, *parts]), used
+
+
+def unpack(data: bytearray) -> Any:
+    """The inverse of :func:`pack`; arrays are views of ``data``, tensors are copies."""
+    view = memoryview(data)
+    (count,) = _SIZES.unpack_from(view, 0)
+    sizes = [_SIZES.unpack_from(view, _SIZES.size * (i + 1))[0] for i in range(count)]
+    parts, at = [], _SIZES.size * (count + 1)
+    for size in sizes:
+        parts.append(view[at : at + size])
+        at += size
+    return ForkingPickler.loads(parts[0], buffers=parts[1:])
+
+
+def send(conn: Connection, packed: bytes) -> None:
+    """One message; its size goes ahead, so that the other side receives into memory it may write to."""
+    conn.send_bytes(_SIZES.pack(len(packed)))
+    conn.send_bytes(packed)
+
+
+def receive(conn: Connection) -> Any:
+    """The next message's object.
+
+    Raises:
+        EOFError: the other side is gone.
+    """
+    (size,) = _SIZES.unpack(conn.recv_bytes())
+    data = bytearray(size)
+    conn.recv_bytes_into(data)
+    return unpack(data)
+
+
+class Block:
+    """Bytes that several processes see: an open file that has no name, mapped into memory."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd, self.size = fd, size
+        self.bytes = torch.from_numpy(np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8))
+
+    @classmethod
+    def of(cls, v: Tensor) -> Block:
+        """A block that holds the bytes of ``v``."""
+        flat = v.contiguous().view(-1).view(torch.uint8)
+        if hasattr(os, "memfd_create"):
+            fd = os.memfd_create("mllm-fl")  # no limit of a small /dev/shm applies to it
+        else:
+            with tempfile.TemporaryFile() as f:
+                fd = os.dup(f.fileno())
+        os.ftruncate(fd, flat.numel())
+        block = cls(fd, flat.numel())
+        block.bytes.copy_(flat)
+        return block
+
+
+class Shelf:
+    """The parent's side: which images were numbered, and how each reaches a worker."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[int, int] = {}  # id of a pixels object -> its number
+        self._kept: list[tuple[Pixels, Block | None]] = []
+
+    def put(self, pixels: Pixels) -> None:
+        """Number ``pixels``, unless they are few enough to travel with a message or have a number already.
+
+        A large :class:`MemoryPixels` is moved into memory that workers see: the tensor keeps its values and gives its old bytes back.
+        """
+        while hasattr(pixels, "pixels"):  # a selection; what it selects from is shared
+            pixels = pixels.pixels
+        if id(pixels) in self.numbers:
+            return
+        block = None
+        if isinstance(pixels, MemoryPixels):
+            if pixels.tensor.numel() <= INLINE:
+                return
+            block = Block.of(pixels.tensor)
+            moved = block.bytes.view(pixels.tensor.shape)
+            pixels.tensor.set_(moved.untyped_storage(), 0, moved.shape, moved.stride())
+        self.numbers[id(pixels)] = len(self._kept)
+        self._kept.append((pixels, block))
+
+    def send(self, conn: Connection, number: int, pid: int) -> None:
+        """Hand the pixels with this number to the worker ``pid`` at the other end."""
+        pixels, block = self._kept[number]
+        if block is None:
+            send(conn, pack(("pixels", number, pixels))[0])
+        else:
+            assert isinstance(pixels, MemoryPixels)
+            send(conn, pack(("shared", number, tuple(pixels.tensor.shape)))[0])
+            send_handle(conn, block.fd, pid)
+
+    def close(self) -> None:
+        """Close the files; memory that tensors still lie in stays until they are gone."""
+        for _, block in self._kept:
+            if block is not None:
+                os.close(block.fd)
+        self._kept.clear()
+        self.numbers.clear()
+
+
+def attach(conn: Connection, kind: str, number: int, what: Any) -> None:
+    """The worker's side of :meth:`Shelf.send`."""
+    if kind == "shared":
+        fd = recv_handle(conn)
+        size = int(np.prod(what))
+        what = MemoryPixels(Block(fd, size).bytes.view(what))
+        os.close(fd)
+    _attached[number] = what

@@ -1,0 +1,30 @@
+"""How many processor cores this process may use."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+RUNS = "MLLM_FL_JOBS"
+"""Environment variable: how many runs share the machine; ``--jobs N`` sets it for the processes it starts."""
+
+
+def usable_cores() -> int:
+    """Cores that the scheduler lets this process run on, and no more than its control group's quota of time."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass  # no such file, or "max"
+    return max(1, cores)
+
+
+def workers_at_hand() -> int:
+    """Usable cores, shared between the runs at a time; at least one."""
+    runs = os.environ.get(RUNS, "1")
+    return max(1, usable_cores() // max(1, int(runs) if runs.isdigit() else 1))
