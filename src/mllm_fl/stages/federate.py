@@ -210,11 +210,17 @@ def _round(
     ]
     rows: list[dict[str, Any]] = []
     memory = dict(memory)
-    client_seconds = 0.0
+    client_seconds = waited = 0.0
 
     def valid() -> Iterator[Update]:
-        nonlocal client_seconds
-        for reply in engine.clients(msg, shards, memory):
+        nonlocal client_seconds, waited
+        replies = engine.clients(msg, shards, memory)
+        while True:
+            asked = time.perf_counter()
+            reply = next(replies, None)
+            waited += time.perf_counter() - asked
+            if reply is None:
+                return
             client_seconds += reply.seconds
             u = reply.update
             reason = _why_rejected(u, msg.w, config.limit)
@@ -283,8 +289,9 @@ def _round(
         [
             {
                 "round": t,
-                "client_seconds": client_seconds,
-                "server_seconds": aggregated - start - client_seconds,
+                "client_seconds": client_seconds,  # of all workers together
+                "waited_seconds": waited,
+                "server_seconds": aggregated - start - waited,
                 "align_seconds": aligned - aggregated,
                 "eval_seconds": now - aligned,
                 **meter.lap(),
@@ -379,8 +386,8 @@ def outcome(
     confusion = engine.evaluate(deployed, test) if engine is not None else evaluate(task, deployed, test)
     surveyed = read_json(run.path / "survey.json") if config.method.concludes else {}
     seconds = {
-        name: sum(r[f"{key}_seconds"] for r in timings)
-        for name, key in (("clients", "client"), ("server", "server"), ("align", "align"), ("evaluate", "eval"))
+        name: sum(r.get(f"{key}_seconds", r["client_seconds"]) for r in timings)
+        for name, key in (("clients", "waited"), ("server", "server"), ("align", "align"), ("evaluate", "eval"))
     }
     seconds["server"] += surveyed.get("seconds", 0.0)
     return {
