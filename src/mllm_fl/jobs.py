@@ -19,6 +19,7 @@ from typing import Any
 
 from mllm_fl.config import Config
 from mllm_fl.console import Screen
+from mllm_fl.engines.cores import RUNS
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event
 from mllm_fl.runs import read_json
@@ -63,7 +64,7 @@ def run_jobs(
             for job in [j for j in waiting if j.waits_for is None or j.waits_for in made][: at_a_time - len(running)]:
                 waiting.remove(job)
                 running.append(job)
-                _start(job, screen)
+                _start(job, screen, at_a_time)
             time.sleep(0.05)
     finally:
         for job in running:
@@ -93,8 +94,8 @@ def _plan(path: Path, configs: Sequence[Config], root: Path, rest: list[str]) ->
     return list(first.values()) + runs
 
 
-def _start(job: _Job, screen: Screen) -> None:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+def _start(job: _Job, screen: Screen, at_a_time: int) -> None:
+    env = os.environ | {"OMP_NUM_THREADS": "1", RUNS: str(at_a_time)}  # each takes its share of the cores
     job.process = subprocess.Popen(
         [sys.executable, "-m", "mllm_fl.cli", *job.argv],
         stdout=subprocess.PIPE,
