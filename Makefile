@@ -14,7 +14,7 @@ VENV := uv venv --quiet --allow-existing --python $(PYTHON) .venv
 INSTALL := uv pip install --quiet --python $(BIN)/python $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND) )-c constraints.txt
 endif
 
-.PHONY: quickstart test lint bench teachers experiment clean
+.PHONY: quickstart test lint bench mutants teachers experiment clean
 
 ARMS := --arm fedavg --arm align --arm pretrain --arm pretrain-align
 quickstart: .venv/quickstart.stamp  ## the three stages on real handwritten digits: a table and report.html
@@ -36,6 +36,11 @@ lint: .venv/dev.stamp
 bench: .venv/dev.stamp  ## the serial engine against a bare training loop, interleaved
 	@echo "== benchmark"
 	$(BIN)/python benchmarks/serial.py
+
+JOBS ?= 2
+mutants: .venv/dev.stamp  ## delete or flip each method's own terms, one at a time; resumable; writes docs/mutants.md
+	@echo "== mutants: only new, changed or surviving ones are run; METHOD=name for one method"
+	$(BIN)/python scripts/mutants.py --jobs $(JOBS) $(foreach m,$(METHOD),--method $(m))
 
 teachers: .venv/dev.stamp  ## train the bundled mini-CLIP and mini-LLaVA again, and measure them
 	@echo "== teachers: rendered characters only, minutes on two cores"
