@@ -50,7 +50,7 @@ def test_crop_shifts_by_up_to_an_eighth_and_fills_with_zeros(size: int, most: in
 
 
 def test_cutout_is_a_zero_square_of_half_the_side_cut_off_at_the_border() -> None:
-    sides: Counter[int] = Counter()
+    sides, firsts = Counter[int](), set[int]()
     for n in range(600):
         hole = dsa.cutout(torch.ones(2, 3, 32, 32), again(n)) == 0
         assert torch.equal(hole[0], hole[1]) and torch.equal(hole[0, 0], hole[0, 2])
@@ -58,8 +58,12 @@ def test_cutout_is_a_zero_square_of_half_the_side_cut_off_at_the_border() -> Non
         assert int(hole[0, 0].sum()) == int(rows.sum()) * int(columns.sum())  # a rectangle
         sides[int(rows.sum())] += 1
         first = int(rows.nonzero()[0])
+        firsts.add(first)
         assert int(rows.sum()) == 16 or first == 0 or bool(rows[31])
-    assert set(sides) == set(range(8, 17))  # the centre lies anywhere from border to border, both included
+    assert set(sides) == set(range(8, 17))
+    assert firsts == set(
+        range(25)
+    )  # the centre lies anywhere from border to border, both included: rows 24 to 31 are the last
     assert sides[16] / 600 == pytest.approx(17 / 33, abs=0.09)
 
 
@@ -93,6 +97,7 @@ def test_rotate_turns_by_up_to_fifteen_degrees() -> None:
         across, down = x[0, 0], x[1, 0]
         sine = float(y[1, 0, 16, 20] - y[1, 0, 16, 12]) / float(across[16, 20] - across[16, 12])
         angle = math.asin(sine)
+        assert math.degrees(angle) == pytest.approx(30 * float(torch.rand((), generator=again(n))) - 15, abs=1e-3)
         turned = math.cos(angle) * across - sine * down
         assert torch.allclose(y[0, 0, inside, inside], turned[inside, inside], atol=1e-5)
         angles.append(math.degrees(angle))
