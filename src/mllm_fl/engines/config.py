@@ -16,8 +16,8 @@ class EngineConfig:
     clients of a round as one tensor program, for a GPU), or "auto": parallel where the work is worth starting processes, else serial.
     ``workers``: of the parallel engine; absent means all usable cores, shared between the runs of ``--jobs``.
     ``precision``: "fp32", or "bf16" for forward and backward passes under autocast (weights and sums stay float32). ``layout``: how
-    images lie in memory. ``compile``: whether the passes are compiled. "auto" is what a short probe of this chip found fastest;
-    a run's env.json records what was chosen, and resuming keeps it. ``device``: of the batched engine, which alone can use a GPU;
+    images lie in memory. "auto" is what a short probe of this chip found fastest (fp32 and nchw for the batched engine); a run's
+    env.json records what was chosen, and resuming keeps it. ``device``: of the batched engine, which alone can use a GPU;
     "auto" takes CUDA where there is one. There precision "tf32" rounds the factors of float32 products to 10 bits (on a CPU it is fp32).
     """
 
@@ -25,7 +25,6 @@ class EngineConfig:
     workers: int | None = None
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     layout: Literal["auto", "nchw", "channels_last"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -33,7 +32,6 @@ class EngineConfig:
             ("name", ("auto", "parallel", "serial", "batched")),
             ("precision", ("auto", "fp32", "tf32", "bf16")),
             ("layout", ("auto", "nchw", "channels_last")),
-            ("compile", ("auto", "on", "off")),
             ("device", ("auto", "cpu", "cuda")),
         ):
             if getattr(self, key) not in known:
