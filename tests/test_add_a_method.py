@@ -14,6 +14,8 @@ import torch
 
 from mllm_fl.algorithms.base import FedAvg, Update
 from mllm_fl.config import load
+from mllm_fl.conformance.row import row_of
+from mllm_fl.conformance.suite import CHECKS, run
 from mllm_fl.errors import UserError
 from mllm_fl.trees import digest
 from tests import toy
@@ -61,3 +63,10 @@ def test_momentum_by_hand(method: Any) -> None:
         state = method(momentum=0.5).server(task, state, [Update(0, sent, 4.0, {}, {})])
         assert state.w["classifier.bias"].tolist() == [expected] * 3
     assert state.w["backbone.bn.num_batches_tracked"].dtype == torch.int64
+
+
+def test_it_conforms_and_the_table_names_every_check(method: Any) -> None:
+    """The command of the document, as a library call; each check stands in the document's table once."""
+    assert [v for v in run(row_of("my_module:FedAvgM")) if v.status != "ok"] == []
+    table = [line.split("|")[1] for line in DOCUMENT.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`([\w-]+)`", " ".join(table))) == sorted(CHECKS)
