@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +64,34 @@ def test_every_image_is_shown_once_whoever_asks(tmp_path: Path) -> None:
     again = Counting()
     assert torch.equal(teacher_logits(again, toy.images(4), NAMES, tmp_path / "new" / "folder"), first)
     assert (teacher.shown, again.shown) == (12, 0)
+
+
+def test_a_finished_file_is_read_without_touching_the_folder(tmp_path: Path) -> None:
+    teacher_logits(Counting(), toy.images(4), NAMES, tmp_path)
+    for lock in tmp_path.glob("*.lock"):
+        lock.unlink()
+    teacher_logits(Counting(), toy.images(4), NAMES, tmp_path)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_two_that_ask_at_once_compute_once(tmp_path: Path) -> None:
+    both, shown = threading.Barrier(2), list[int]()
+
+    class Slow(Counting):
+        def class_embeddings(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
+            time.sleep(0.2)  # the other one is waiting for the lock by now
+            return super().class_embeddings(class_names, templates)
+
+    def ask() -> Tensor:
+        teacher = Slow()
+        both.wait()
+        logits = teacher_logits(teacher, toy.images(4), NAMES, tmp_path)
+        shown.append(teacher.shown)
+        return logits
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (asked.result() for asked in [pool.submit(ask), pool.submit(ask)])
+    assert torch.equal(first, second) and sorted(shown) == [0, 12]
 
 
 def one_pixel_other(images: ImageSet) -> ImageSet:
