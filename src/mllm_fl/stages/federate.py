@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
 from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.engines.local import LocalConfig
+from mllm_fl.engines.memory import ClientMemory
 from mllm_fl.engines.meter import Meter
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
@@ -131,13 +132,14 @@ def federate(
             f"{config.clients_per_round} online clients, but the federation has {len(task.population)}",
         )
     state = fresh = config.method.init(task, w)
-    memory: dict[int, Tree] = {}
-    checkpoint = run.path / "checkpoint.safetensors"
+    checkpoint, kept = run.path / "checkpoint.safetensors", run.path / "memory"
     lengths: dict[str, int] = {}
     given = _given(task, federation, w, aligner, teacher or {})
     if checkpoint.exists():
-        state, memory, lengths = _load(checkpoint, fresh, given)
+        state, memory, lengths = _load(checkpoint, fresh, given, kept)
         run.event("resumed", round=state.round)
+    else:
+        memory = ClientMemory(kept)
     run.rewind(lengths)
     draws = online_clients(config, len(task.population), federation.manifest.seed, task.seed)
     note = ""
@@ -145,13 +147,14 @@ def federate(
     for t, online in zip(range(1, config.rounds + 1), draws, strict=False):
         if t <= state.round:
             continue
-        state, memory, row = _round(
+        state, row = _round(
             config, task, federation, state, memory, online, run, engine, aligner, groups, teacher or {}, meter
         )
         run.append("rounds.jsonl", [row])
         if t % config.checkpoint_every == 0 or t == config.rounds:
             _refuse_other_form(config.algorithm, state, fresh)
             _save(checkpoint, state, memory, run.lengths(), given)
+            memory.prune()
         if row["accuracy"] is not None:
             note = f"accuracy {row['accuracy']:.1%}"
         progress(Event("federate", t, config.rounds, note))
@@ -192,7 +195,7 @@ def _round(
     task: Task,
     federation: Federation,
     state: Server,
-    memory: dict[int, Tree],
+    memory: MutableMapping[int, Tree],
     online: list[int],
     run: RunFolder,
     engine: Engine,
@@ -200,7 +203,7 @@ def _round(
     groups: Groups,
     teacher: Mapping[int, Tensor],
     meter: Meter,
-) -> tuple[Server, dict[int, Tree], dict[str, Any]]:
+) -> tuple[Server, dict[str, Any]]:
     t = state.round + 1
     start = time.perf_counter()
     msg = config.method.broadcast(state)
@@ -209,7 +212,6 @@ def _round(
         Shard(k, t, federation.client(k), task.seed, teacher.get(k)) for k in online if len(federation.clients[k])
     ]
     rows: list[dict[str, Any]] = []
-    memory = dict(memory)
     client_seconds = waited = 0.0
 
     def valid() -> Iterator[Update]:
@@ -298,7 +300,7 @@ def _round(
             }
         ],
     )
-    return state, memory, row
+    return state, row
 
 
 def _why_rejected(u: Update, like: Tree, limit: float) -> str | None:
@@ -344,15 +346,14 @@ def _refuse_other_form(algorithm: str, state: Server, fresh: Server) -> None:
         )
 
 
-def _save(path: Path, state: Server, memory: dict[int, Tree], lengths: dict[str, int], given: dict[str, str]) -> None:
-    tensors = prefixed(state.w, "w/") | prefixed(state.extra, "extra/")
-    for k, mine in memory.items():
-        tensors |= prefixed(mine, f"memory/{k}/")
-    record = {"round": state.round, "lengths": lengths, "remembering": sorted(memory), "given": given}
-    save_checkpoint(path, tensors, record)
+def _save(path: Path, state: Server, memory: ClientMemory, lengths: dict[str, int], given: dict[str, str]) -> None:
+    tensors = prefixed(state.w, "w/") | prefixed(state.extra, "extra/") | {"memory": memory.commit(state.round)}
+    save_checkpoint(path, tensors, {"round": state.round, "lengths": lengths, "given": given})
 
 
-def _load(path: Path, fresh: Server, given: dict[str, str]) -> tuple[Server, dict[int, Tree], dict[str, int]]:
+def _load(
+    path: Path, fresh: Server, given: dict[str, str], kept: Path
+) -> tuple[Server, ClientMemory, dict[str, int]]:
     tensors, record = load_checkpoint(path)
     w = fit(under(tensors, "w/"), fresh.w, path)
     like = prefixed(fresh.extra, "extra/")
@@ -361,7 +362,9 @@ def _load(path: Path, fresh: Server, given: dict[str, str]) -> tuple[Server, dic
     if diff:
         problem = f"was begun with other inputs (SHA-256): {'; '.join(diff)}"
         raise UserError(path, problem, "restore them, or delete the run folder")
-    memory = {int(k): under(tensors, f"memory/{k}/") for k in record["remembering"]}
+    memory = ClientMemory(kept, int(record["round"]), tensors.get("memory"))
+    for k in record.get("remembering", ()):  # of a checkpoint that held the clients' memories itself
+        memory[int(k)] = under(tensors, f"memory/{k}/")
     return Server(w, extra, int(record["round"])), memory, record["lengths"]
 
 
