@@ -16,7 +16,7 @@ in the ``w`` it is given, which belongs to that client alone).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -108,7 +108,7 @@ class Task:
 
     net: nn.Module
     class_names: tuple[str, ...]
-    population: tuple[int, ...]
+    population: Sequence[int]
     seed: int
     unlabelled: ImageSet | None = None
     labelled: ImageSet | None = None

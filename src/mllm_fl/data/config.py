@@ -15,7 +15,9 @@ class DataConfig:
     ``source``: ``digits``, ``cifar10``, ``cifar100``, ``imagenet-lt``, ``folder:PATH``, ``hf:NAME`` or ``pack:PATH``.
     ``root``: folder or file of the source; absent means the environment variable MLLM_FL_DATA.
     ``imbalance_factor``: n_max / n_min to cut; 1 keeps every image. ``alpha``: Dirichlet concentration.
-    ``min_size``: smallest client that ``dirichlet`` may return, images; 0 allows empty clients in every partition.
+    ``partition``: ``creff``, ``dirichlet``, ``iid``, or ``virtual``: clients that nobody lists, up to millions (data/virtual.py).
+    ``min_size``: smallest client that ``dirichlet`` may return, images; 0 allows empty clients in every partition but ``virtual``, whose
+    clients all have this size.
     ``image_size``: pixels a side; absent means the source's own default.
     ``manifest``: a saved manifest that decides who holds what, instead of the keys above.
     ``leaks_declared``: test images that are known to be among the training images; more than these stop a run
@@ -47,10 +49,10 @@ class DataConfig:
             "give n_max / n_min",
         )
         refuse_unless(
-            self.partition in ("creff", "dirichlet", "iid"),
+            self.partition in ("creff", "dirichlet", "iid", "virtual"),
             "partition",
             "is unknown",
-            "use 'creff', 'dirichlet' or 'iid'",
+            "use 'creff', 'dirichlet', 'iid' or 'virtual'",
         )
         refuse_unless(0 < self.alpha < float("inf"), "alpha", "is not a positive concentration", "use for example 0.5")
         refuse_unless(self.clients >= 1, "clients", "is below 1", "use at least one client")

@@ -22,11 +22,12 @@ def describe(config: DataConfig) -> dict[str, Any]:
 
 
 def summary(federation: Federation) -> dict[str, Any]:
-    """Class counts, hashes, and per client size, SHA-256 of the sorted indices, and images per class."""
+    """Class counts, hashes, and per client size, SHA-256 of the sorted indices, and images per class (of the first clients, where ``population`` says that there are more)."""
     manifest = federation.manifest
     classes = len(manifest.class_names)
     imbalance = manifest.imbalance_factor
-    return {
+    more = {"population": len(manifest.clients)} if len(manifest.clients) > len(manifest.listed) else {}
+    return more | {
         "dataset": manifest.dataset,
         "imbalance_factor": int(imbalance) if imbalance == int(imbalance) else imbalance,
         "partition": manifest.partition,
@@ -41,7 +42,7 @@ def summary(federation: Federation) -> dict[str, Any]:
                 "sha256": digest,
                 "histogram": np.bincount(federation.train.labels[list(indices)], minlength=classes).tolist(),
             }
-            for indices, digest in zip(manifest.clients, manifest.client_sha256, strict=True)
+            for indices, digest in zip(manifest.listed, manifest.client_sha256, strict=True)
         ],
     }
 
@@ -51,7 +52,7 @@ def render(description: dict[str, Any], class_names: Sequence[str] = ()) -> str:
     counts, clients = description["class_counts"], description["clients"]
     cut = groups(counts)
     head = [
-        f"{description['dataset']}: {description['total']:,} images of {len(counts)} classes on {len(clients)} clients",
+        f"{description['dataset']}: {description['total']:,} images of {len(counts)} classes on {description.get('population', len(clients)):,} clients",
         f"partition {description['partition']}, alpha {description['alpha']:g}, seed {description['seed']}",
         f"imbalance asked for {description['imbalance_factor']:g}, reached {achieved_imbalance(counts):.4g}",
         f"many {len(cut.many)}, medium {len(cut.medium)}, few {len(cut.few)} classes",

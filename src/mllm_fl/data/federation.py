@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,9 +33,21 @@ class Federation:
     spare: tuple[int, ...] | None = None
 
     @cached_property
-    def clients(self) -> list[list[int]]:
+    def clients(self) -> Sequence[Sequence[int]]:
         """Sorted indices into ``train``, one list per client."""
         return [list(indices) for indices in self.manifest.clients]
+
+    @property
+    def population(self) -> Sequence[int]:
+        """Images of each client."""
+        return tuple(map(len, self.manifest.clients))
+
+    @cached_property
+    def held(self) -> np.ndarray:
+        """Which training images some client holds, bool (N,)."""
+        held = np.zeros(len(self.train), dtype=bool)
+        held[[i for indices in self.manifest.clients for i in indices]] = True
+        return held
 
     def client(self, k: int) -> ImageSet:
         """The images of client k."""
@@ -43,18 +56,14 @@ class Federation:
     @cached_property
     def subset(self) -> ImageSet:
         """The long-tailed training images: those of all clients together, in ascending order."""
-        return self.train.subset(
-            sorted(i for indices in self.manifest.clients for i in indices), f"{self.train.name} long tail"
-        )
+        return self.train.subset(np.flatnonzero(self.held).tolist(), f"{self.train.name} long tail")
 
     @cached_property
     def leftover(self) -> ImageSet:
         """Training images that no client holds; the largest class has none when the long tail keeps it whole."""
         if self.spare is not None:
             return self.train.subset(self.spare, f"{self.train.name} leftover")
-        held = np.zeros(len(self.train), dtype=bool)
-        held[[i for indices in self.manifest.clients for i in indices]] = True
-        return self.train.subset(np.flatnonzero(~held).tolist(), f"{self.train.name} leftover")
+        return self.train.subset(np.flatnonzero(~self.held).tolist(), f"{self.train.name} leftover")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -76,8 +85,14 @@ def build(config: DataConfig) -> Federation:
         _refuse_contradiction(config, packed.manifest, config.source)
         return packed
     train, test = load_source(config)
+    if config.partition == "virtual":
+        from mllm_fl.data.virtual import virtual
+
+        return virtual(config, train, test)
     if config.manifest is not None:
         manifest = manifests.load(config.manifest)
+        if manifest.partition == "virtual":
+            raise UserError(config.manifest, "names virtual clients by a rule", "repeat its keys in [data] instead")
         manifests.verify(manifest, train, config.manifest)
         _refuse_contradiction(config, manifest, config.manifest)
         return Federation(train, test, manifest)

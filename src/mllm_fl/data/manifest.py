@@ -49,7 +49,12 @@ class Manifest:
     seed: int
     class_counts: tuple[int, ...]
     subset_sha256: str
-    clients: tuple[tuple[int, ...], ...]
+    clients: Sequence[tuple[int, ...]]
+
+    @property
+    def listed(self) -> Sequence[tuple[int, ...]]:
+        """The clients that are described one by one: all, unless there are too many to list (:mod:`mllm_fl.data.virtual`)."""
+        return self.clients
 
     @property
     def total(self) -> int:
@@ -80,7 +85,11 @@ class Manifest:
 def save(manifest: Manifest, path: str | Path) -> None:
     """Write the manifest as JSON, one client a line; the file appears whole or not at all."""
     content = manifest.to_json()
-    clients = ",\n".join("  " + json.dumps(client) for client in content.pop("clients"))
+    clients = content.pop("clients")
+    if isinstance(clients, dict):  # a rule
+        write_whole(Path(path), (json.dumps({**content, "clients": clients}, indent=1) + "\n").encode())
+        return
+    clients = ",\n".join("  " + json.dumps(client) for client in clients)
     head = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     write_whole(Path(path), f'{{\n{head},\n "clients": [\n{clients}\n ]\n}}\n'.encode())
 
@@ -107,6 +116,10 @@ def parse(content: Any, place: object) -> Manifest:
         values = {field.name: content[field.name] for field in fields(Manifest)}
         values["class_names"] = tuple(values["class_names"])
         values["class_counts"] = tuple(values["class_counts"])
+        if isinstance(content["clients"], dict):
+            from mllm_fl.data.virtual import parsed
+
+            return _whole(parsed(values), content, place)
         values["clients"] = tuple(tuple(int(i) for i in client["indices"]) for client in content["clients"])
         digests = [client["sha256"] for client in content["clients"]]
         manifest = Manifest(**values)
@@ -115,8 +128,13 @@ def parse(content: Any, place: object) -> Manifest:
     for k, (found, written) in enumerate(zip(manifest.client_sha256, digests, strict=True)):
         if found != written:
             raise UserError(place, f"the indices of client {k} do not match their sha256", way_out)
+    return _whole(manifest, content, place)
+
+
+def _whole(manifest: Manifest, content: dict[str, Any], place: object) -> Manifest:
     if manifest.sha256 != content.get("sha256"):
-        raise UserError(place, "its content does not match its sha256", way_out)
+        problem = "its content does not match its sha256"
+        raise UserError(place, problem, "write it again from the same configuration")
     return manifest
 
 

@@ -41,6 +41,8 @@ def pack(federation: Federation, folder: str | Path, *, leftover_per_class: int 
     The folder appears whole or not at all, and an existing one is never touched. Returns the folder.
     """
     target = Path(folder)
+    if federation.manifest.partition == "virtual":
+        raise UserError("data.partition", "virtual clients cannot be packed", "pack another partition of these images")
     if target.exists():
         raise UserError(target, "exists already", "choose a new folder or remove it")
     spare = _choose_spare(federation, leftover_per_class)

@@ -17,7 +17,7 @@ import numpy as np
 from mllm_fl.errors import UserError
 from mllm_fl.seeds import numpy_stream
 
-Partition = Literal["creff", "dirichlet", "iid"]
+Partition = Literal["creff", "dirichlet", "iid", "virtual"]
 GROUP = 10  # auxiliary workers that one Dirichlet draw serves in FedDF's routine
 TRIES = 10_000  # Dirichlet draws of a whole group before we give up; the reference loops for ever
 

@@ -154,8 +154,7 @@ def leftovers(federation: Federation, per_class: int, generator: torch.Generator
         UserError: nothing is left over, because the clients hold every training image.
     """
     candidates, held_too = [], 0
-    held = torch.zeros(len(federation.train), dtype=torch.bool)
-    held[[i for client in federation.clients for i in client]] = True
+    held = torch.from_numpy(federation.held)
     labels = torch.from_numpy(federation.train.labels)
     spare = torch.zeros_like(held)
     spare[list(federation.spare) if federation.spare is not None else ~held] = True

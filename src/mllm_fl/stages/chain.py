@@ -164,9 +164,8 @@ def task_of(config: Config, federation: Federation, network: Network, engine: En
     texts = None
     if "texts" in needs:
         texts = load_teacher(config.teacher).class_embeddings(federation.class_names)
-    population = tuple(len(c) for c in federation.clients)
     return Task(
-        network, federation.class_names, population, config.seed, unlabelled, labelled, texts,
+        network, federation.class_names, federation.population, config.seed, unlabelled, labelled, texts,
         "bf16" if engine.precision == "bf16" else "fp32", engine.layout == "channels_last",
     )  # fmt: skip
 
@@ -221,7 +220,7 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
             "manifest_sha256": federation.manifest.sha256, "leaks": found, "environment": environment() | {"engine": to_dict(settled)}, "command": command,
             "teacher": _teacher_record(config, aligner), "pretrained": _pretrained_record(config, root),
             "environment_changes": [e["changes"] for e in read_rows(path / "events.jsonl") if e["event"] == "environment changed"],
-            **final,
+            **final, "config": config.resolved(),
         }  # fmt: skip
         final["seconds"] |= stage_one_seconds(config, root)
         final["seconds"]["total"] = sum(final["seconds"].values())
@@ -320,7 +319,7 @@ def align_finished(config: Config, root: Path, progress: Progress = silent) -> d
             "last": scores.scores(groups(federation.class_counts)) | {"confusion": scores.counts.tolist()},
             "align": {"source": images.name, "images": len(images), **to_dict(config.align)}, "teacher": _teacher_record(config, aligner),
         }  # fmt: skip
-        final |= {"per_client": standing(final["last"], [], federation)["per_client"], "forgetting": None}
+        final |= standing(final["last"], [], federation) | {"forgetting": None, "history": None, "config": config.resolved()}
         folder.write_json("aligned.json", final)
         return final
 

@@ -89,6 +89,9 @@ def clients_logits(config: TeacherConfig, federation: Federation, cache: Path) -
 
     In a simulation one process plays all clients; on real devices each computes or is given its own.
     """
+    if federation.manifest.partition == "virtual":
+        problem = "needs the teacher's logits at each client, which are kept in a list of clients"
+        raise UserError("federate.algorithm", problem, "use another data.partition than virtual")
     logits = teacher_logits(load_teacher(config), federation.subset, federation.class_names, cache)
     row = {image: i for i, image in enumerate(sorted(i for held in federation.clients for i in held))}
     return {k: logits[[row[i] for i in held]] for k, held in enumerate(federation.clients) if held}
