@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import signal
 import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Shard, Task, Update
 from mllm_fl.trees import Tree
@@ -65,3 +67,21 @@ class Waits(Remembers):
         if local.client == self.slow:
             time.sleep(self.seconds)
         return super().finish(task, local, msg, mine)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coloured:
+    """``count`` encoded images, each of one colour of its own; more are decoded than a message would carry."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def get(self, index: int) -> bytes:
+        out = io.BytesIO()
+        Image.new("RGB", (8, 8), (index % 256, index * 7 % 256, index * 31 % 256)).save(out, "PNG")
+        return out.getvalue()
+
+    def place(self, index: int) -> str:
+        return f"image {index}"

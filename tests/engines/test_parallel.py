@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tests.engines.methods_of_a_user import Dies, Raises, Remembers, Waits
+from tests.engines.methods_of_a_user import Coloured, Dies, Raises, Remembers, Waits
 
 from mllm_fl.algorithms import METHODS
 from mllm_fl.algorithms.base import Algorithm, Broadcast, Shard
 from mllm_fl.conformance import toy
 from mllm_fl.conformance.row import row_of
 from mllm_fl.conformance.toy import World
+from mllm_fl.data.decode import EncodedPixels
 from mllm_fl.data.images import ImageSet, MemoryPixels
 from mllm_fl.engines import auto
 from mllm_fl.engines.auto import AutoEngine
@@ -199,15 +201,21 @@ def test_images_beyond_a_megabyte_lie_in_memory_that_workers_share(pool: Pool) -
     method = Remembers()
     shards = [Shard(k, 1, many.subset(list(range(k * 20, k * 20 + 20))), 0) for k in range(3)]
     results = []
+    encoded = EncodedPixels(Coloured(400), 8)
+    from_disk = ImageSet("encoded", encoded, np.arange(400) % 3, world.test.class_names)
     for engine in (
         SerialEngine(EngineConfig(), world.task, method, LOCAL),
         ParallelEngine(EngineConfig(), world.task, method, LOCAL, pool=pool),
     ):
         with engine:
             replies = list(engine.clients(Broadcast(world.w, {}), shards, {}))
-            results.append([digest(r.update.w) for r in replies] + [str(engine.evaluate(world.w, many).scores(None))])
+            results.append(
+                [digest(r.update.w) for r in replies]
+                + [str(engine.evaluate(world.w, x).scores(None)) for x in (many, from_disk)]
+            )
     assert results[0] == results[1]
     assert id(many.pixels) in pool.shelf.numbers
+    assert id(encoded) in pool.shelf.numbers
     assert torch.equal(many.pixels.tensor, before)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +123,9 @@ class EncodedPixels:
         self._whole = np.zeros(len(contents), dtype=bool)  # those that ``fit`` left as they were stored
         self._cache = np.empty((len(contents), 3, size, size), dtype=np.uint8) if fits else None
 
+    def __reduce__(self) -> tuple[type[EncodedPixels], tuple[Contents, int, float]]:
+        return EncodedPixels, (self.contents, self.size, self.zoom)  # another process decodes for itself
+
     def __len__(self) -> int:
         return len(self.contents)
 
@@ -133,11 +136,27 @@ class EncodedPixels:
             out = np.empty((len(wanted), 3, self.size, self.size), dtype=np.uint8)
             self._decode(wanted, out, np.arange(len(wanted)))
             return torch.from_numpy(out)
-        missing = np.unique(wanted[~self._ready[wanted]])
-        if len(missing):
-            self._decode(missing, self._cache, missing)
-            self._ready[missing] = True
+        self.prepare(wanted)
         return torch.from_numpy(self._cache[wanted])
+
+    def prepare(self, indices: np.ndarray) -> None:
+        """Decode what was not read before, where decoded pixels are kept."""
+        if self._cache is not None:
+            missing = np.unique(indices[~self._ready[indices]])
+            if len(missing):
+                self._decode(missing, self._cache, missing)
+                self._ready[missing] = True
+
+    def move(self, memory: Callable[[tuple[int, ...]], np.ndarray]) -> np.ndarray | None:
+        """Keep decoded pixels in the array that ``memory`` makes for a shape, from now on; None where none are kept.
+
+        Images that nobody has read or prepared are zero in it.
+        """
+        if self._cache is not None:
+            there = memory(self._cache.shape)
+            there[self._ready] = self._cache[self._ready]
+            self._cache = there
+        return self._cache
 
     def pairs(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Each image as it is stored, at its own size, and as :meth:`read` gives it; both uint8 (3, height, width)."""

@@ -52,7 +52,9 @@ class MemoryPixels:
 
 
 @dataclass(frozen=True)
-class _Selected:
+class Selected:
+    """Some of another's pixels, by position."""
+
     pixels: Pixels
     positions: np.ndarray
 
@@ -103,7 +105,7 @@ class ImageSet:
         positions = np.asarray(indices, dtype=np.int64)
         return ImageSet(
             name or self.name,
-            _Selected(self.pixels, positions),
+            Selected(self.pixels, positions),
             self.labels[positions],
             self.class_names,
             self.mean,

@@ -29,6 +29,10 @@ class ColumnContents:
         self._ends = [int(n) for n in np.cumsum([pq.ParquetFile(file).metadata.num_rows for file in files])]
         self._bytes = None if table is None else _bytes_of(table, column, "data.source")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which reads the files itself."""
+        return self.__dict__ | ({"_bytes": None} if self.files else {})
+
     def __len__(self) -> int:
         return self.rows
 

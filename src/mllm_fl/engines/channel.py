@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mllm_fl.data.images import MemoryPixels, Pixels
+from mllm_fl.data.decode import EncodedPixels
+from mllm_fl.data.images import ImageSet, MemoryPixels, Pixels, Selected
 
 INLINE = 1 << 20  # bytes up to which images travel with their message
 _SIZES = struct.Struct("<Q")
@@ -105,21 +106,18 @@ class Block:
 
     def __init__(self, fd: int, size: int) -> None:
         self.fd, self.size = fd, size
-        self.bytes = torch.from_numpy(np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8))
+        self.bytes = np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8)
 
     @classmethod
-    def of(cls, v: Tensor) -> Block:
-        """A block that holds the bytes of ``v``."""
-        flat = v.contiguous().view(-1).view(torch.uint8)
+    def new(cls, size: int) -> Block:
+        """A block of ``size`` zeros."""
         if hasattr(os, "memfd_create"):
             fd = os.memfd_create("mllm-fl")  # no limit of a small /dev/shm applies to it
         else:
             with tempfile.TemporaryFile() as f:
                 fd = os.dup(f.fileno())
-        os.ftruncate(fd, flat.numel())
-        block = cls(fd, flat.numel())
-        block.bytes.copy_(flat)
-        return block
+        os.ftruncate(fd, size)
+        return cls(fd, size)
 
 
 class Shelf:
@@ -127,40 +125,57 @@ class Shelf:
 
     def __init__(self) -> None:
         self.numbers: dict[int, int] = {}  # id of a pixels object -> its number
-        self._kept: list[tuple[Pixels, Block | None]] = []
+        self._kept: list[tuple[Pixels, Block | None, tuple[int, ...]]] = []
 
-    def put(self, pixels: Pixels) -> None:
-        """Number ``pixels``, unless they are few enough to travel with a message or have a number already.
+    def put(self, images: ImageSet) -> None:
+        """Number the pixels of ``images``, unless they are few enough to travel with a message; decode what is not yet.
 
-        A large :class:`MemoryPixels` is moved into memory that workers see: the tensor keeps its values and gives its old bytes back.
+        Pixels that lie decoded in memory are moved into memory that workers see: they keep their values, and the old bytes are given
+        back. Those that are decoded at every read are sent as they are; each worker decodes for itself.
         """
-        while hasattr(pixels, "pixels"):  # a selection; what it selects from is shared
+        pixels: Pixels = images.pixels
+        positions = np.arange(len(images))
+        while isinstance(pixels, Selected):
+            positions = pixels.positions[positions]
             pixels = pixels.pixels
-        if id(pixels) in self.numbers:
-            return
-        block = None
-        if isinstance(pixels, MemoryPixels):
-            if pixels.tensor.numel() <= INLINE:
-                return
-            block = Block.of(pixels.tensor)
-            moved = block.bytes.view(pixels.tensor.shape)
-            pixels.tensor.set_(moved.untyped_storage(), 0, moved.shape, moved.stride())
-        self.numbers[id(pixels)] = len(self._kept)
-        self._kept.append((pixels, block))
+        if id(pixels) not in self.numbers:
+            block: Block | None = None
+            shape: tuple[int, ...] = ()
+            if isinstance(pixels, MemoryPixels):
+                shape = tuple(pixels.tensor.shape)
+                if pixels.tensor.numel() <= INLINE:
+                    return
+                block = Block.new(pixels.tensor.numel())
+                moved = torch.from_numpy(block.bytes).view(shape)
+                moved.copy_(pixels.tensor)
+                pixels.tensor.set_(moved.untyped_storage(), 0, moved.shape, moved.stride())
+            elif isinstance(pixels, EncodedPixels):
+                blocks: list[Block] = []
+
+                def memory(shape: tuple[int, ...]) -> np.ndarray:
+                    blocks.append(Block.new(int(np.prod(shape))))
+                    return blocks[0].bytes.reshape(shape)
+
+                found = pixels.move(memory)
+                if found is not None:
+                    block, shape = blocks[0], found.shape
+            self.numbers[id(pixels)] = len(self._kept)
+            self._kept.append((pixels, block, shape))
+        if isinstance(pixels, EncodedPixels):
+            pixels.prepare(positions)
 
     def send(self, conn: Connection, number: int, pid: int) -> None:
         """Hand the pixels with this number to the worker ``pid`` at the other end."""
-        pixels, block = self._kept[number]
+        pixels, block, shape = self._kept[number]
         if block is None:
             send(conn, pack(("pixels", number, pixels))[0])
         else:
-            assert isinstance(pixels, MemoryPixels)
-            send(conn, pack(("shared", number, tuple(pixels.tensor.shape)))[0])
+            send(conn, pack(("shared", number, shape))[0])
             send_handle(conn, block.fd, pid)
 
     def close(self) -> None:
         """Close the files; memory that tensors still lie in stays until they are gone."""
-        for _, block in self._kept:
+        for _, block, _ in self._kept:
             if block is not None:
                 os.close(block.fd)
         self._kept.clear()
@@ -172,6 +187,6 @@ def attach(conn: Connection, kind: str, number: int, what: Any) -> None:
     if kind == "shared":
         fd = recv_handle(conn)
         size = int(np.prod(what))
-        what = MemoryPixels(Block(fd, size).bytes.view(what))
+        what = MemoryPixels(torch.from_numpy(Block(fd, size).bytes).view(what))
         os.close(fd)
     _attached[number] = what

@@ -50,7 +50,7 @@ class ParallelEngine:
     def __enter__(self) -> ParallelEngine:
         for images in (self.task.unlabelled, self.task.labelled):
             if images is not None:
-                self.pool.share(images.pixels)
+                self.pool.share(images)
         try:
             self._common = (self.pool.common("setup", self._setup),)
         except Exception as e:  # a class inside a function, a lambda
@@ -79,11 +79,12 @@ class ParallelEngine:
             yield Reply(shard.client, update, remembered, seconds)
 
     def evaluate(self, w: Tree, images: ImageSet) -> Evaluation:
-        self.pool.share(images.pixels)
+        self.pool.share(images)
         keep = (*self._common, self.pool.common("model", w))
-        starts = range(0, len(images), BATCH)
+        step = BATCH * max(1, min(10, len(images) // (BATCH * 4 * self.pool.workers)))
+        starts = range(0, len(images), step)
         jobs = (
-            Job("evaluate", (images, a, min(a + BATCH, len(images))), keep, BATCH, "evaluation", {"client": None})
+            Job("evaluate", (images, a, min(a + step, len(images))), keep, step, "evaluation", {"client": None})
             for a in starts
         )
         total = Evaluation.none(len(self.task.class_names))
@@ -98,7 +99,7 @@ class ParallelEngine:
             yield shard.client, answer
 
     def _job(self, kind: str, shard: Shard, args: tuple[Any, ...], keep: tuple[tuple[str, int], ...]) -> Job:
-        self.pool.share(shard.images.pixels)
+        self.pool.share(shard.images)
         fields = {"client": shard.client, "round": shard.round}
         return Job(kind, args, keep, len(shard), f"client {shard.client}, round {shard.round}", fields)
 

@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any
 
-from mllm_fl.data.images import Pixels
+from mllm_fl.data.images import ImageSet
 from mllm_fl.engines import channel
 from mllm_fl.errors import UserError
 
@@ -141,9 +141,9 @@ class Pool:
         self._common[kind] = (self._numbers, *self._pack(("keep", kind, value)))
         return kind, self._numbers
 
-    def share(self, pixels: Pixels) -> None:
+    def share(self, images: ImageSet) -> None:
         """See :meth:`mllm_fl.engines.channel.Shelf.put`."""
-        self.shelf.put(pixels)
+        self.shelf.put(images)
 
     def submit(self, job: Job) -> int:
         """Queue a job; its number."""
