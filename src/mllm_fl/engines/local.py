@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Shard, Task, Update
 from mllm_fl.data.augment import augment, scaled_padding
+from mllm_fl.engines.guard import pure
 from mllm_fl.errors import UserError
 from mllm_fl.seeds import stream
 from mllm_fl.trees import Tree, clone, prefixed, under
@@ -68,6 +69,15 @@ def train_client(
     Batches are a fresh permutation each epoch from the stream (run, "shuffle", round, client), the last partial batch
     is kept, augmentation draws from (run, "augment", round, client). The optimiser is fresh every round.
     """
+    with pure(
+        algorithm, "a client's hook", {"the broadcast": msg.w, "what was sent beside it": msg.extra, "its memory": mine}
+    ):
+        return _train(task, algorithm, msg, mine, shard, config, batch_norm)
+
+
+def _train(
+    task: Task, algorithm: Algorithm, msg: Broadcast, mine: Tree, shard: Shard, config: LocalConfig, batch_norm: str
+) -> tuple[Update, Tree]:
     trainable = task.trainable
     w = clone(msg.w)
     if task.channels_last:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import traceback
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from mllm_fl.engines.base import Engine, open_engine
 from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
 from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.evaluate import evaluate
+from mllm_fl.engines.guard import pure
 from mllm_fl.engines.local import LocalConfig
 from mllm_fl.engines.memory import ClientMemory
 from mllm_fl.engines.meter import Meter
@@ -252,7 +254,7 @@ def _round(
         run.event("no valid update: the global weights stay", round=t)
         state = replace(state, round=t)
     else:
-        state = replace(config.method.server(task, state, itertools.chain([first], updates)), round=t)
+        state = replace(_aggregated(config, task, state, itertools.chain([first], updates), run), round=t)
     aggregated = time.perf_counter()
     evaluated = t % config.evaluate_every == 0 or t > config.rounds - config.evaluate_last
     before: dict[str, Any] = {}
@@ -303,6 +305,23 @@ def _round(
     return state, row
 
 
+def _aggregated(config: FederateConfig, task: Task, state: Server, updates: Iterator[Update], run: RunFolder) -> Server:
+    """The method's server step; what goes wrong in it is one line, its traceback an event."""
+    try:
+        with pure(config.method, "server", {"the server's weights": state.w, "the server's state": state.extra}):
+            return config.method.server(task, state, updates)
+    except UserError:
+        raise
+    except Exception as e:
+        name = type(config.method).__name__
+        run.event("server failed", round=state.round + 1, cause=traceback.format_exc())
+        raise UserError(
+            f"federate.algorithm: {name}",
+            f"server failed in round {state.round + 1}: {type(e).__name__}: {e}",
+            "its traceback is in events.jsonl; mend the cause, and the same command resumes",
+        ) from e
+
+
 def _why_rejected(u: Update, like: Tree, limit: float) -> str | None:
     if not (0 < u.weight < float("inf")):
         return f"weight {u.weight}"
@@ -351,9 +370,7 @@ def _save(path: Path, state: Server, memory: ClientMemory, lengths: dict[str, in
     save_checkpoint(path, tensors, {"round": state.round, "lengths": lengths, "given": given})
 
 
-def _load(
-    path: Path, fresh: Server, given: dict[str, str], kept: Path
-) -> tuple[Server, ClientMemory, dict[str, int]]:
+def _load(path: Path, fresh: Server, given: dict[str, str], kept: Path) -> tuple[Server, ClientMemory, dict[str, int]]:
     tensors, record = load_checkpoint(path)
     w = fit(under(tensors, "w/"), fresh.w, path)
     like = prefixed(fresh.extra, "extra/")
