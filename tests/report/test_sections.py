@@ -8,15 +8,19 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.report.folders import lines, run_folder
 
 from mllm_fl.report import context, plots, results
+from mllm_fl.report.costs import costs
 from mllm_fl.report.document import page
 from mllm_fl.report.html import Cell, escape, table, tag
+from mllm_fl.report.measures import measures
 from mllm_fl.report.reading import read
 from mllm_fl.report.table import Value
+from mllm_fl.report.timeline import states, timeline
 
 HOSTILE = (
     "<script>alert('x')</script>",
@@ -128,10 +132,10 @@ def test_rejected_updates_and_interruptions_are_listed(tmp_path: Path) -> None:
     bad = {"round": 2, "client": 1, "status": "rejected", "reason": "backbone.w has NaN <i>", "bytes_up": 1}
     lines(folder / "clients.jsonl", [{"round": 1, "client": 0, "status": "ok"}] * 3 + [bad] * 41)
     lines(folder / "events.jsonl", [{"event": "resumed"}, {"event": "resumed"}, {"event": "finished"}])
-    text = results.dropped(read([folder]))
+    text = timeline(read([folder]))
     assert "41 of 44 client updates were rejected" in text and "1 more are in" in text
     assert "NaN &lt;i&gt;" in text and "resumed ×2" in text
-    assert "None of the 8 client updates" in results.dropped(read([run_folder(tmp_path, seed=1)]))
+    assert "None of the 8 client updates" in timeline(read([run_folder(tmp_path, seed=1)]))
 
 
 def test_a_stage_that_is_off_is_one_difference_not_one_for_each_key(tmp_path: Path) -> None:
@@ -150,7 +154,7 @@ def test_reproduction_says_when_the_code_was_not_one_committed_state(tmp_path: P
 
 
 def test_bytes_are_shown_in_units(tmp_path: Path) -> None:
-    text = context.costs(read([run_folder(tmp_path, bytes_up=84_184_320)]))
+    text = costs(read([run_folder(tmp_path, bytes_up=84_184_320)]))
     assert ">84.2 MB<" in text and ">8.0 kB<" in text and ">1.0 kB<" in text  # up, down, one client's update
 
 
@@ -177,3 +181,56 @@ def test_markup_escapes_what_is_not_markup() -> None:
     assert escape("a\nb") == "a b"
     assert '<td class="n">–</td>' in table("c", ["a", "b"], [["x", None]])
     assert '<th scope="col" class="n">b</th>' in table("c", ["a", "b"], [["x", Cell("1", 1.0)]])
+
+
+def test_rounds_show_who_was_rejected_and_who_never_answered(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, rounds=2)
+    lines(folder / "rounds.jsonl", [{"round": t, "clients": [0, 1]} for t in (1, 2)])
+    row = {"client": 0, "status": "ok", "reason": None, "bytes_up": 1}
+    lines(
+        folder / "clients.jsonl",
+        [row | {"round": 1}, row | {"round": 1, "client": 1, "status": "rejected"}, row | {"round": 2}],
+    )
+    (run,) = read([folder]).runs
+    assert states(run) == [["averaged", "averaged"], ["rejected", "no answer"]]
+    text = timeline(read([folder, run_folder(tmp_path, seed=1)]))
+    assert "4 online: 2 averaged, 1 rejected, 1 no answer" in text and text.count('<svg class="plot"') == 1
+
+
+def test_rounds_that_are_alike_are_drawn_once(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path, seed=s) for s in range(3)]
+    for folder in folders:
+        lines(folder / "rounds.jsonl", [{"round": t, "clients": [0, 1]} for t in range(1, 5)])
+    text = timeline(read(folders))
+    assert text.count('<svg class="plot"') == 1 and "2 more runs had exactly such rounds" in text
+
+
+OVERHEAD = {
+    "flop": {"pretrain": 5e12, "clients": 2_500_000, "server": 0, "align": None, "evaluate": 10}, "flop_rule": "counted once",
+    "per_visit": {"visits": 8, "seconds": 0.05, "flop": 312_500.0, "bytes_up": 1000.0, "bytes_down": 900.0},
+    "joules": {"cpu": 1500.0, "gpu": None}, "peak_bytes": {"process": 5e8, "workers": None, "gpu": None},
+    "annotation": {"model": "m<i>", "questions": 7, "answers": 6, "failed": 1, "prompt_tokens": 1234.0, "completion_tokens": 5.0, "seconds": 9.0},
+}  # fmt: skip
+
+
+def test_costs_are_measured_or_said_not_to_be(tmp_path: Path) -> None:
+    text = costs(read([run_folder(tmp_path, overhead=OVERHEAD, stages=(True, True))]))
+    assert ">5.0 TFLOP<" in text and ">2.5 MFLOP<" in text and ">312 kFLOP<" in text and ">not measured<" in text
+    assert ">1.5 kJ<" in text and ">0.050<" in text and "m&lt;i&gt;" in text and ">1,234<" in text
+    assert (
+        "Not measured, because the machine does not tell or there is none: peak memory, workers, peak memory, GPU, energy, GPUs."
+        in text
+    )
+    assert "FLOP" not in costs(read([run_folder(tmp_path, seed=1)]))  # an older run says nothing of them
+
+
+def test_other_measures_and_each_client(tmp_path: Path) -> None:
+    more: dict[str, Any] = {
+        "per_client": {"mean": 0.5, "worst_decile": 0.25, "each": [0.75, None]},
+        "forgetting": {"mean": 0.125, "per_class": [0]},
+    }
+    text = measures(read([run_folder(tmp_path, **more)]))
+    assert all(f">{shown}<" in text for shown in ("50.0", "25.0", "12.5", "75.0"))
+    assert 'client 1</th><td class="n">–</td>' in text and "The round chosen" not in text
+    chosen = {"accuracy": 0.375, "validation": 0.4, "round": 7, "source": "leftover", "images": 90}
+    assert ">37.5<" in measures(read([run_folder(tmp_path, seed=1, chosen=chosen)]))

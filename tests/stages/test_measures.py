@@ -34,6 +34,12 @@ def test_each_client_is_judged_by_its_own_images() -> None:
     held = [fed.client(k).class_counts() for k in range(2)]
     assert found["per_client"]["each"] == [pytest.approx((a + b / 2) / (a + b + c)) for a, b, c in held]
     assert found["forgetting"]["per_class"] == [1, 0, 0]
+    rows: list[dict[str, Any]] = [
+        {"round": 2, "accuracy": 0.5},
+        {"round": 3, "accuracy": None},
+        {"round": 4, "accuracy": 0.25},
+    ]
+    assert standing({"per_class": [1, 1, 1]}, rows, fed)["history"] == {"round": [2, 4], "accuracy": [0.5, 0.25]}
 
 
 def test_costs_are_one_step_multiplied() -> None:

@@ -1,4 +1,4 @@
-"""The sections about how the results came to be: who holds what, costs, configurations, environments, commands, what is unfinished."""
+"""The sections about how the results came to be: who holds what, configurations, environments, commands, what is unfinished."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ from mllm_fl.report.html import (
     tag,
 )
 from mllm_fl.report.reading import Arm, Found, Run
-from mllm_fl.report.summary import scores
-from mllm_fl.report.table import MISSING, Value, mean_sd
+from mllm_fl.report.table import MISSING, Value
 
-PARTS = ("annotate", "pretrain", "clients", "server", "align", "evaluate", "total")
 FEDERATIONS = 6  # that are drawn
 TABLED = 1000  # cells of a who-holds-what table that is also written as text
 
@@ -78,51 +76,6 @@ def _federation(index: int, federation: Mapping[str, Any], arms: list[str], clas
             written,
         ]
     )
-
-
-def costs(found: Found) -> Markup:
-    """Bytes over the wire and seconds by stage."""
-    head = [
-        "arm",
-        "up",
-        "down",
-        "up per client and round",
-        *(f"{p}, s" for p in PARTS),
-        "a client sends besides weights",
-    ]
-    body = []
-    for arm in found.arms:
-        sent = [_per_update(run) for run in arm.runs]
-        row: list[object] = [name(arm.name), *(_bytes(mean_sd(scores(arm, k))) for k in ("bytes_up", "bytes_down"))]
-        row.append(_bytes(mean_sd(sent)))
-        row += [_seconds(mean_sd(scores(arm, "seconds", part))) for part in PARTS]
-        row.append(", ".join(sorted({str(r.final.get("uploads_beyond_weights") or MISSING) for r in arm.runs})))
-        body.append(row)
-    note = "Bytes are those of the tensors, per run. Seconds are wall-clock; annotation and pretraining may be shared by several runs."
-    grid = table("Communication and time by arm, means over seeds", head, body)
-    return section("costs", "Communication and time", grid, paragraph(note, class_="note"))
-
-
-def _per_update(run: Run) -> float | None:
-    sizes = [row["bytes_up"] for row in run.clients if isinstance(row.get("bytes_up"), int)]
-    return sum(sizes) / len(sizes) if sizes else None
-
-
-def _bytes(value: Value | None) -> Cell:
-    if value is None:
-        return Cell(MISSING)
-    size, units = value.mean, ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return Cell(
-        f"{size:.0f} {units[0]}" if size >= 100 or units[0] == "B" else f"{size:.1f} {units[0]}", value.mean, value.sd
-    )
-
-
-def _seconds(value: Value | None) -> Cell:
-    if value is None:
-        return Cell(MISSING)
-    return Cell(f"{value.mean:,.1f}" if value.mean < 100 else f"{value.mean:,.0f}", value.mean, value.sd)
 
 
 def differences(found: Found) -> Markup:

@@ -13,15 +13,26 @@ from mllm_fl import __version__
 from mllm_fl.engines.checkpoint import write_atomic
 from mllm_fl.errors import UserError
 from mllm_fl.report import context, results
+from mllm_fl.report.costs import costs
 from mllm_fl.report.html import Markup, escape, join, tag
+from mllm_fl.report.measures import measures
 from mllm_fl.report.reading import Found, read
 from mllm_fl.report.samples import samples
 from mllm_fl.report.summary import lead
+from mllm_fl.report.timeline import timeline
 
 
 def write(runs: Sequence[Path], out: Path, title: str, corpus: Path | None) -> Path:
     """See :func:`mllm_fl.report.build`."""
-    text = page(read(runs), title, corpus)
+    return put(page(read(runs), title, corpus), out)
+
+
+def put(text: str, out: Path) -> Path:
+    """Write a page whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
         write_atomic(out, text.encode("utf-8"))
     except OSError as e:
@@ -34,23 +45,28 @@ def page(found: Found, title: str, corpus: Path | None) -> str:
     parts = [
         results.comparison(found),
         results.over_rounds(found),
+        measures(found),
         results.by_frequency(found),
         results.confusions(found),
         context.holdings(found),
         samples(corpus) if corpus is not None else Markup(""),
-        results.dropped(found),
-        context.costs(found),
+        timeline(found),
+        costs(found),
         context.differences(found),
         context.reproduce(found),
         context.unfinished(found),
     ]
-    body = join([
+    return frame(title, [
         tag("a", "To the comparison", href="#comparison", class_="skip"),
         tag("header", tag("h1", title), lead(found), tag("nav", _contents(parts), aria_label="Contents")),
         tag("main", *parts),
         tag("footer", tag("p", f"Written by mllm-fl {__version__}; the numbers are those of the run folders' final.json.")),
     ])  # fmt: skip
-    return f'<!doctype html>\n<html lang="en">\n{_head(title)}\n<body>\n{body}\n<script>{_asset("page.js")}</script>\n</body>\n</html>\n'
+
+
+def frame(title: str, body: Sequence[object]) -> str:
+    """A whole document around the body's parts, with style and script inside it."""
+    return f'<!doctype html>\n<html lang="en">\n{_head(title)}\n<body>\n{join(body)}\n<script>{_asset("page.js")}</script>\n</body>\n</html>\n'
 
 
 def _contents(parts: Sequence[Markup]) -> Markup:

@@ -1,8 +1,7 @@
-"""The sections with results: the comparison, curves, class groups, confusions, what clients lost on the way."""
+"""The sections with results: the comparison, curves, class groups, confusions."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,6 @@ from mllm_fl.report.summary import points, scores
 from mllm_fl.report.table import SCORES, Value, compare, footnotes, headers, mean_sd, number, percent
 
 GROUPS = ("many", "medium", "few")
-SHOWN = 40  # rejected updates that are listed one by one
 
 
 def comparison(found: Found) -> Markup:
@@ -163,20 +161,9 @@ def confusions(found: Found) -> Markup:
     """Matrices side by side, each summed over its arm's seeds."""
     pictures = []
     for arm in found.arms:
-        tables = [run.final["last"].get("confusion") for run in arm.runs]
-        known = [t for t in tables if t]
-        if not known:
-            continue
-        total = [[sum(t[i][j] for t in known) for j in range(len(row))] for i, row in enumerate(known[0])]
-        label = f"Confusion matrix of {arm.name}. Most frequent errors: {'; '.join(_errors(total, found.class_names)) or 'none'}"
-        svg = plots.matrix(
-            f"m{arm.index}", total, found.class_names, found.class_names, label,
-            row_title="true class", column_title="taken for", share=True,
-        )  # fmt: skip
-        score = Value(sum(total[i][i] for i in range(len(total))) / max(1, sum(map(sum, total))))
-        errors = _errors(total, found.class_names)
-        often = join(["; most often ", errors[0]]) if errors else ""
-        pictures.append(figure(svg, tag("strong", name(arm.name)), f": {percent(score)} % right", often))
+        known = [t for t in (run.final["last"].get("confusion") for run in arm.runs) if t]
+        if known:
+            pictures.append(confusion_figure(arm.index, arm.name, known, found.class_names))
     if not pictures:
         return Markup("")
     note = "Rows are the true classes, columns what they were taken for; percent of the row, last round, all seeds together."
@@ -184,38 +171,21 @@ def confusions(found: Found) -> Markup:
     return section("confusions", "What is taken for what", paragraph(note, class_="note"), grid)
 
 
+def confusion_figure(index: int, arm: str, tables: Sequence[Any], names: Sequence[str]) -> Markup:
+    """One arm's matrix, the sum of its runs' ``tables``, with its accuracy and most frequent error."""
+    total = [[sum(t[i][j] for t in tables) for j in range(len(row))] for i, row in enumerate(tables[0])]
+    errors = _errors(total, names)
+    label = f"Confusion matrix of {arm}. Most frequent errors: {'; '.join(errors) or 'none'}"
+    svg = plots.matrix(
+        f"m{index}", total, names, names, label, row_title="true class", column_title="taken for", share=True
+    )
+    score = Value(sum(total[i][i] for i in range(len(total))) / max(1, sum(map(sum, total))))
+    often = join(["; most often ", errors[0]]) if errors else ""
+    return figure(svg, tag("strong", name(arm)), f": {percent(score)} % right", often)
+
+
 def _errors(total: Sequence[Sequence[int]], names: Sequence[str], count: int = 5) -> list[str]:
     pairs = [(n, i, j) for i, row in enumerate(total) for j, n in enumerate(row) if i != j and n > 0]
     return [
         f"{names[i]} taken for {names[j]} ({n:,})" for n, i, j in sorted(pairs, key=lambda p: (-p[0], p[1:]))[:count]
     ]
-
-
-def dropped(found: Found) -> Markup:
-    """Updates that were not averaged, and interruptions."""
-    bad = [(run, row) for run in found.runs for row in run.clients if row.get("status", "ok") != "ok"]
-    sent = sum(len(run.clients) for run in found.runs)
-    parts: list[object] = []
-    if not sent:
-        parts.append(paragraph("The runs recorded no client rows."))
-    elif not bad:
-        parts.append(paragraph(f"None of the {sent:,} client updates was rejected."))
-    else:
-        counts = Counter(run.label for run, _ in bad)
-        said = [f"{label}: {n:,} of {len(run.clients):,}" for run, label, n in _by_run(found, counts)]
-        parts += [paragraph(f"{len(bad):,} of {sent:,} client updates were rejected and not averaged:"), listing(said)]
-        body = [[run.label, row.get("round"), row.get("client"), row.get("reason") or "–"] for run, row in bad[:SHOWN]]
-        parts.append(table("Rejected updates", ["run", "round", "client", "why"], body))
-        if len(bad) > SHOWN:
-            parts.append(paragraph(f"{len(bad) - SHOWN:,} more are in the runs' clients.jsonl.", class_="note"))
-    other = [
-        f"{run.label}: {event} ×{n}"
-        for run in found.runs
-        for event, n in Counter(str(e.get("event")) for e in run.events).items()
-        if event not in ("finished", "update rejected")
-    ]
-    return section("dropped", "Rejected updates and interruptions", *parts, listing(other) if other else "")
-
-
-def _by_run(found: Found, counts: Mapping[str, int]) -> list[tuple[Run, str, int]]:
-    return [(run, run.label, counts[run.label]) for run in found.runs if counts.get(run.label)]

@@ -63,8 +63,11 @@ def plot(drawn: Figure, left: float = 46, bottom: float = 36) -> Any:
     return axes
 
 
-def inline(drawn: Figure, key: str, label: str) -> Markup:
-    """The figure as an SVG element that says ``label`` to a screen reader; ``key`` keeps its ids apart from other figures'."""
+def inline(drawn: Figure, key: str, label: str, above: Markup = Markup("")) -> Markup:  # noqa: B008
+    """The figure as an SVG element that says ``label`` to a screen reader; ``key`` keeps its ids apart from other figures'.
+
+    ``above``: SVG in the figure's px, drawn over it.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -77,7 +80,7 @@ def inline(drawn: Figure, key: str, label: str) -> Markup:
             "ignore", message="Glyph .* missing", category=UserWarning
         )  # the browser has its own fonts
         FigureCanvasSVG(drawn).print_svg(out, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return Markup(_tidy(out.getvalue(), key, label))
+    return Markup(_tidy(out.getvalue(), key, label).removesuffix("</svg>") + above + "</svg>")
 
 
 def _tidy(svg: str, key: str, label: str) -> str:

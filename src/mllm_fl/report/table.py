@@ -224,11 +224,12 @@ def to_markdown(rows: Sequence[Row]) -> str:
         "|:---" + "|---:" * (len(titles) + 1) + "|",
     ]
     lines += [
-        "| " + " | ".join([_markdown(r.arm), str(len(r.seeds)), *(percent(r.values[k]) for k in SCORES)]) + " |"
+        "| " + " | ".join([markdown_cell(r.arm), str(len(r.seeds)), *(percent(r.values[k]) for k in SCORES)]) + " |"
         for r in rows
     ]
     return "\n".join([*lines, "", " ".join(footnotes(rows)).replace("*", "\\*")])
 
 
-def _markdown(text: str) -> str:
+def markdown_cell(text: str) -> str:
+    """Text as one cell of a Markdown table, or as a line of its own."""
     return "".join("\\" + c if c in "\\`*_{}[]()<>#!|~&$" else c for c in plain(text))

@@ -25,10 +25,15 @@ RULE = (
 def standing(
     scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], federation: Federation
 ) -> dict[str, dict[str, Any]]:
-    """``per_client`` of the shipped model's ``scores``, and ``forgetting`` over the evaluated rounds among ``rows``."""
+    """``per_client`` of the shipped model's ``scores``; ``forgetting`` and ``history`` (the curve) of the evaluated rounds among ``rows``."""
     histograms = [c["histogram"] for c in summary(federation)["clients"]]
     history = [row["per_class"] for row in rows if row.get("per_class")]
-    return {"per_client": per_client(scores["per_class"], histograms), "forgetting": forgetting(history)}
+    curve = [(row["round"], row["accuracy"]) for row in rows if row.get("accuracy") is not None]
+    return {
+        "per_client": per_client(scores["per_class"], histograms),
+        "forgetting": forgetting(history),
+        "history": {"round": [t for t, _ in curve], "accuracy": [a for _, a in curve]},
+    }
 
 
 def overhead(

@@ -102,7 +102,7 @@ def from_finished(
             "seconds": before["seconds"] | {"server": before["seconds"]["server"] + survey["seconds"], "total": before["seconds"]["total"] + survey["seconds"]},
             "environment": environment(), "command": command,
         }  # fmt: skip
-        final |= {"per_client": standing(final["last"], [], federation)["per_client"], "forgetting": None}
+        final |= standing(final["last"], [], federation) | {"forgetting": None, "history": None, "config": config.resolved()}
         folder.write_json("final.json", final)
         folder.event("finished", source=str(source))
         return final
