@@ -28,7 +28,7 @@ from mllm_fl.data.augment import draws, scaled_padding
 from mllm_fl.data.images import ImageSet
 from mllm_fl.engines.base import OnEvent, Reply, ignored
 from mllm_fl.engines.config import EngineConfig
-from mllm_fl.engines.device import BeginsThere, DeviceShard, Residents, Watching, device_of, moved
+from mllm_fl.engines.device import BeginsThere, DeviceShard, Residents, Watching, described, device_of, moved
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.engines.local import _BN, _EACH, LocalConfig, _begin_batch_norm, train_client
 from mllm_fl.engines.program import Inputs, Program
@@ -71,9 +71,8 @@ class BatchedEngine:
         self._flags: tuple[bool, bool] | None = None
         self.record: dict[str, Any] = {
             "engine": "batched",
-            "device": torch.cuda.get_device_name(self.device) if on_gpu else "cpu",
+            **described(replace(config, name="batched")),
             "clients": "one program",
-            "deterministic": "no: kernels of the device" if on_gpu else "yes: CPU; not the serial engine's bits",
         }
 
     def __enter__(self) -> BatchedEngine:

@@ -142,6 +142,16 @@ class BeginsThere:
         return moved(self._algorithm.begin(task, msg, mine, shard), self._device)
 
 
+def described(config: EngineConfig) -> dict[str, str]:
+    """What a run's record says of the machine in the place of "cpu" and "deterministic", where the batched engine trains; {} elsewhere."""
+    if config.name != "batched":
+        return {}
+    device = device_of(config)
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "deterministic": "no: kernels of the device"}
+    return {"device": "cpu", "deterministic": "yes: CPU; within rounding of the serial engine, not its bits"}
+
+
 def device_of(config: EngineConfig) -> torch.device:
     """The device of ``[federate.engine]``: "auto" is a CUDA device where there is one.
 

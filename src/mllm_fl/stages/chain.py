@@ -27,6 +27,7 @@ from mllm_fl.data.manifest import save as save_manifest
 from mllm_fl.engines.base import open_engine
 from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
 from mllm_fl.engines.config import EngineConfig
+from mllm_fl.engines.device import described
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.engines.probe import chosen
 from mllm_fl.errors import UserError
@@ -217,7 +218,8 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
             "config_hash": config_hash(config.resolved()), "class_counts": federation.class_counts,
             "groups": to_dict(found_groups), "stages": {"pretrain": config.pretrain is not None, "align": config.align is not None},
             "align": None if aligned_on is None else {"source": aligned_on.name, "images": len(aligned_on)},
-            "manifest_sha256": federation.manifest.sha256, "leaks": found, "environment": environment() | {"engine": to_dict(settled)}, "command": command,
+            "manifest_sha256": federation.manifest.sha256, "leaks": found, "command": command,
+            "environment": environment() | getattr(engine, "record", {}) | {"engine": to_dict(settled)},
             "teacher": _teacher_record(config, aligner), "pretrained": _pretrained_record(config, root),
             "environment_changes": [e["changes"] for e in read_rows(path / "events.jsonl") if e["event"] == "environment changed"],
             **final, "config": config.resolved(),
@@ -272,7 +274,7 @@ def _begin(folder: RunFolder, federation: Federation, engine: EngineConfig, comm
     else:
         save_manifest(federation.manifest, path)
     folder.write_json("federation.json", summary(federation))
-    now = environment() | {"engine": to_dict(engine)}
+    now = environment() | described(engine) | {"engine": to_dict(engine)}
     if (folder.path / "env.json").exists():
         then = read_json(folder.path / "env.json")
         changes = differences({k: v for k, v in then.items() if k != "command"}, now)
@@ -319,7 +321,11 @@ def align_finished(config: Config, root: Path, progress: Progress = silent) -> d
             "last": scores.scores(groups(federation.class_counts)) | {"confusion": scores.counts.tolist()},
             "align": {"source": images.name, "images": len(images), **to_dict(config.align)}, "teacher": _teacher_record(config, aligner),
         }  # fmt: skip
-        final |= standing(final["last"], [], federation) | {"forgetting": None, "history": None, "config": config.resolved()}
+        final |= standing(final["last"], [], federation) | {
+            "forgetting": None,
+            "history": None,
+            "config": config.resolved(),
+        }
         folder.write_json("aligned.json", final)
         return final
 
