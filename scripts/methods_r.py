@@ -66,13 +66,9 @@ def table(by_arm: dict[str, list[Run]]) -> str:
 
 def deviations(algorithm: str) -> str:
     """What the method's file says that it changes, and its doubts."""
-    text = sys.modules[find(algorithm).__module__].__doc__ or ""
-    said = [
-        p
-        for p in text.split("\n\n")
-        if re.search(r"What we chang|We change nothing|Doubts|What we add|Ours:|What is changed", p)
-    ]
-    return " ".join(" ".join(p.split()) for p in said) or "none stated"
+    paragraphs = (sys.modules[find(algorithm).__module__].__doc__ or "").rstrip().split("\n\n")
+    said = [p for p in paragraphs if re.search(r"What we chang|We change nothing|Doubts|What we add|Ours:", p)]
+    return " ".join(" ".join(p.split()) for p in said or paragraphs[-1:])
 
 
 def cards(by_arm: dict[str, list[Run]]) -> str:
