@@ -25,7 +25,9 @@ OWNERS = {
     "tokenizers": ("models/teacher/",),
     "torchvision": ("models/bridge.py", "models/vision.py"),
     "transformers": ("models/teacher/", "annotate/backends/", "runs.py"),  # runs.py reads its version
+    "trackio": ("trackers.py",),
     "tyro": ("overrides.py",),
+    "wandb": ("trackers.py",),
 }
 """Every other package, and the only files or folders that may import it."""
 PRINTERS = ("cli.py", "commands/", "console.py", "models/teacher/")

@@ -12,6 +12,7 @@ from mllm_fl.errors import UserError
 
 if TYPE_CHECKING:
     from mllm_fl.config import Config, Plan
+    from mllm_fl.events import Event, Progress
 
 STAGES = {
     "run": "all stages of a configuration, every arm and seed; resumes what was interrupted",
@@ -32,6 +33,13 @@ def add(verbs: Any) -> None:
         p.add_argument("--seed", type=int, action="append", help="this seed instead of the file's (may be repeated)")
         p.add_argument("--jobs", type=int, default=1, help="runs at a time, each in its own process (default 1)")
         p.add_argument("--json-progress", action="store_true", help=argparse.SUPPRESS)
+        p.add_argument(
+            "--track",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="also show the rounds to tensorboard, trackio or wandb",
+        )
         if verb == "federate":
             p.add_argument(
                 "--from",
@@ -52,6 +60,10 @@ def stage(args: argparse.Namespace, rest: list[str]) -> int:
 
     if args.jobs < 1:
         raise UserError("--jobs", f"{args.jobs} is below 1")
+    if args.track:
+        from mllm_fl.trackers import check
+
+        check(args.track)
     plan = load(args.config)
     configs = [c for c in plan.runs if not args.arm or c.name in args.arm]
     if args.seed:
@@ -70,16 +82,18 @@ def stage(args: argparse.Namespace, rest: list[str]) -> int:
         if args.verb == "run" and args.jobs > 1 and len(configs) > 1:
             from mllm_fl.jobs import run_jobs
 
-            finals = run_jobs(args.config, configs, args.runs, rest, args.jobs, screen)
+            mirrored = [word for name in args.track for word in ("--track", name)]
+            finals = run_jobs(args.config, configs, args.runs, rest + mirrored, args.jobs, screen)
         else:
-            finals = [_one(args.verb, c, args.runs, screen, command, getattr(args, "source", None)) for c in configs]
+            source = getattr(args, "source", None)
+            finals = [_one(args.verb, c, args.runs, screen, command, source, args.track) for c in configs]
     if not args.json_progress:
         _show(args, plan, [f for f in finals if f is not None])
     return 0
 
 
 def _one(
-    verb: str, config: Config, root: Path, screen: Any, command: str, source: Path | None
+    verb: str, config: Config, root: Path, screen: Any, command: str, source: Path | None, track: list[str]
 ) -> dict[str, Any] | None:
     from mllm_fl.stages import chain
 
@@ -103,9 +117,32 @@ def _one(
             return from_finished(config, source, root, progress, command)
     if verb == "align":
         return chain.align_finished(config, root, progress)
-    final = chain.run(config, root, progress=progress, command=command)
+    final = _mirrored(config, root, progress, command, screen, track)
     screen.say(f"run: {chain.run_path(config, root)}")
     return final
+
+
+def _mirrored(
+    config: Config, root: Path, progress: Progress, command: str, screen: Any, track: list[str]
+) -> dict[str, Any]:
+    """The run, shown to trackers after each round."""
+    from mllm_fl.stages import chain
+
+    if not track:
+        return chain.run(config, root, progress=progress, command=command)
+    from mllm_fl.trackers import Mirror
+
+    mirror = Mirror(chain.run_path(config, root), track, screen.say)
+
+    def both(event: Event) -> None:
+        progress(event)
+        if event.stage == "federate":
+            mirror.look()
+
+    try:
+        return chain.run(config, root, progress=both, command=command)
+    finally:
+        mirror.close()
 
 
 def _show(args: argparse.Namespace, plan: Plan, finals: list[dict[str, Any]]) -> None:
