@@ -14,7 +14,7 @@ VENV := uv venv --quiet --allow-existing --python $(PYTHON) .venv
 INSTALL := uv pip install --quiet --python $(BIN)/python $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND) )-c constraints.txt
 endif
 
-.PHONY: quickstart test lint bench mutants teachers experiment clean
+.PHONY: quickstart test browser lint bench mutants teachers experiment clean
 
 ARMS := --arm fedavg --arm align --arm pretrain --arm pretrain-align
 quickstart: .venv/quickstart.stamp  ## the three stages on real handwritten digits: a table and report.html
@@ -23,9 +23,17 @@ quickstart: .venv/quickstart.stamp  ## the three stages on real handwritten digi
 	$(BIN)/mllm-fl report runs/quickstart --out report.html --title "mllm-fl quickstart"
 	@echo "== open report.html"
 
-test: .venv/dev.stamp lint  ## lint, types, tests
+test: .venv/dev.stamp lint browser  ## lint, types, tests
 	@echo "== tests (those marked 'data' need MLLM_FL_DATA=folder of the real data sets)"
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+browser:  ## the report is looked at in a real browser: installed where there is none and apt-get may be used
+	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome google-chrome-stable chrome; do \
+	  if [ -n "$$name" ] && command -v "$$name" >/dev/null; then exit 0; fi; done; \
+	if ! command -v apt-get >/dev/null; then echo "== no browser and no apt-get: the report's browser tests will say what is missing"; exit 0; fi; \
+	echo "== installing chromium for the report's tests"; \
+	if [ "$$(id -u)" = 0 ]; then root=; else root=sudo; fi; \
+	$$root apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$root apt-get install -y -qq --no-install-recommends chromium >/dev/null
 
 lint: .venv/dev.stamp
 	@echo "== ruff and mypy"
