@@ -34,7 +34,13 @@ def config(data: dict[str, Any], engine: str = "batched", rounds: int = 2, algor
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Long-tailed digits over five clients, in a folder of some hundred kilobytes."""
-    data = {"source": "digits", "clients": 5, "partition": "iid", "image_size": 8, "imbalance_factor": 10}
+    data: dict[str, Any] = {
+        "source": "digits",
+        "clients": 5,
+        "partition": "iid",
+        "image_size": 8,
+        "imbalance_factor": 10,
+    }
     folder = tmp_path_factory.mktemp("pack") / "digits"
     pack(build(DataConfig(**data)), folder, leftover_per_class=1)
     assert sum(p.stat().st_size for p in folder.rglob("*")) < 1 << 20

@@ -24,10 +24,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mllm_fl.errors import UserError
-from mllm_fl.trees import Tree, nbytes
+from mllm_fl.trees import Tree
 
-RAM = 128 << 20
-"""Bytes of trees that are kept in RAM beside the disk."""
+RAM = 16 << 20
+"""Bytes of trees that are kept in RAM beside the disk; the operating system's own cache of files comes on top, where there is room."""
 SLACK = 64 << 20
 """Bytes of out-of-date trees that are not worth moving the others for."""
 Place = tuple[int, int, int, int]  # segment, offset, length, check
@@ -35,7 +35,7 @@ NOWHERE: Place = (0, 0, 0, 0)  # a client that remembers nothing any more
 
 
 class ClientMemory(MutableMapping[int, Tree]):
-    """Client number -> its tree; a client that remembers nothing is not in it. Trees are not to be changed in place.
+    """Client number -> its tree, made anew each time; a client that remembers nothing is not in it.
 
     ``folder`` is made when there is something to remember. ``round``: of the checkpoint that the run continues from, 0 without one; ``index``:
     what :meth:`commit` returned for it, int64 (clients, 5). ``ram``: bytes of trees kept in RAM.
@@ -51,7 +51,7 @@ class ClientMemory(MutableMapping[int, Tree]):
         self._segment = round + 1
         self._file: BinaryIO | None = None
         self._end = 0
-        self._cache: OrderedDict[int, Tree] = OrderedDict()
+        self._cache: OrderedDict[int, bytes] = OrderedDict()  # not tensors: a small one takes several times its bytes
         self._cached = 0
         for number in self._needed():
             if not self._path(number).is_file():
@@ -62,23 +62,28 @@ class ClientMemory(MutableMapping[int, Tree]):
         self.prune()
 
     def __getitem__(self, client: int) -> Tree:
-        if client in self._cache:
+        data = self._cache.get(client)
+        if data is None:
+            place = self._place(client)
+            if place is None:
+                raise KeyError(client)
+            data = self._bytes(place)
+            self._keep(client, data)
+        else:
             self._cache.move_to_end(client)
-            return dict(self._cache[client])
-        place = self._place(client)
-        if place is None:
-            raise KeyError(client)
-        tree = self._read(client, place)
-        self._keep(client, tree)
-        return dict(tree)
+        try:
+            tree: Tree = load(data)
+        except SafetensorError as e:
+            raise UserError(self.folder, f"the memory of client {client} cannot be read ({e})") from e
+        return tree
 
     def __setitem__(self, client: int, tree: Tree) -> None:
         if not tree:
             self.pop(client, None)
             return
-        whole = {k: _owned(v) for k, v in tree.items()}
-        self._fresh[client] = self._write(save(whole))
-        self._keep(client, whole)
+        data = save({k: v.detach().contiguous() for k, v in tree.items()})
+        self._fresh[client] = self._write(data)
+        self._keep(client, data)
 
     def __delitem__(self, client: int) -> None:
         if client not in self:
@@ -182,34 +187,18 @@ class ClientMemory(MutableMapping[int, Tree]):
             raise UserError(path, "truncated or damaged", "delete the run folder to start this run from its beginning")
         return data
 
-    def _read(self, client: int, place: Place) -> Tree:
-        try:
-            tree: Tree = load(self._bytes(place))
-        except (OSError, SafetensorError) as e:
-            raise UserError(
-                self._path(place[0]), f"the memory of client {client} cannot be read ({e})", "delete the run folder"
-            ) from e
-        return tree
-
-    def _keep(self, client: int, tree: Tree) -> None:
+    def _keep(self, client: int, data: bytes) -> None:
         """Into RAM, the least recently used going out beyond the limit."""
         self._forget(client)
-        self._cache[client] = tree
-        self._cached += nbytes(tree)
+        self._cache[client] = data
+        self._cached += len(data)
         while self._cached > self.limit and self._cache:
             self._forget(next(iter(self._cache)))
 
     def _forget(self, client: int) -> None:
-        tree = self._cache.pop(client, None)
-        self._cached -= 0 if tree is None else nbytes(tree)
+        self._cached -= len(self._cache.pop(client, b""))
 
 
 def _check(data: bytes) -> int:
     """64 bits of SHA-256, as an int64."""
     return int.from_bytes(sha256(data).digest()[:8], "big", signed=True)
-
-
-def _owned(v: Tensor) -> Tensor:
-    """The tensor in memory of its own size, in one piece: a row of a large stack would keep the whole stack."""
-    v = v.detach().contiguous()
-    return v.clone() if v.untyped_storage().nbytes() > v.nbytes else v
