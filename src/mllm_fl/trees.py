@@ -97,7 +97,7 @@ def why_invalid(a: Mapping[str, Tensor], like: Mapping[str, Tensor], limit: floa
 def why_not_finite(a: Mapping[str, Tensor], limit: float = 1e6) -> str | None:
     """The first leaf that holds NaN, Inf or a value beyond ``limit`` in magnitude, in words, or None."""
     for k, v in a.items():
-        if v.numel() == 0:
+        if v.numel() == 0 or float(v.abs().max()) <= limit < float("inf"):  # NaN is not below anything
             continue
         if bool(torch.isnan(v).any()):
             return f"{k}: NaN"

@@ -68,9 +68,9 @@ def play(engine: Engine, method: Algorithm, world: World, rounds: int = 2) -> tu
     return digest(state.w), digest(state.extra), digest(remembered), seen
 
 
-def serially(method: Algorithm, world: World, batch_norm: str = "average") -> tuple[Any, ...]:
+def serially(method: Algorithm, world: World, batch_norm: str = "average", rounds: int = 2) -> tuple[Any, ...]:
     with SerialEngine(EngineConfig(), world.task, method, LOCAL, batch_norm) as engine:
-        return play(engine, method, world)
+        return play(engine, method, world, rounds)
 
 
 def test_four_workers_give_the_serial_engines_bytes_and_closing_leaves_none_behind() -> None:
@@ -217,6 +217,18 @@ def test_images_beyond_a_megabyte_lie_in_memory_that_workers_share(pool: Pool) -
     assert id(many.pixels) in pool.shelf.numbers
     assert id(encoded) in pool.shelf.numbers
     assert torch.equal(many.pixels.tensor, before)
+
+
+def test_two_engines_take_turns_on_one_pool(pool: Pool) -> None:
+    """Each trains with its own method and precision, whoever used the workers last."""
+    world = toy.world()
+    kinds = [(Remembers(), world.task), (Algorithm(), dataclasses.replace(world.task, precision="bf16"))]
+    one, other = (ParallelEngine(EngineConfig(), task, method, LOCAL, pool=pool) for method, task in kinds)
+    with one, other:
+        for _ in range(2):
+            for engine, (method, task) in zip((one, other), kinds, strict=True):
+                here = dataclasses.replace(world, task=task)
+                assert play(engine, method, here, rounds=1) == serially(method, here, rounds=1)
 
 
 def test_a_server_that_stops_in_the_middle_of_a_round_leaves_workers_free(pool: Pool) -> None:

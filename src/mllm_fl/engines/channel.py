@@ -8,11 +8,12 @@ aligned numbers. Images (:class:`MemoryPixels` beyond a megabyte, and any pixels
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import os
 import struct
 import tempfile
-from collections.abc import Callable
+import threading
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler, recv_handle, send_handle
 from typing import Any
@@ -25,18 +26,20 @@ from mllm_fl.data.decode import EncodedPixels
 from mllm_fl.data.images import ImageSet, MemoryPixels, Pixels, Selected
 
 INLINE = 1 << 20  # bytes up to which images travel with their message
-_SIZES = struct.Struct("<Q")
+_SIZE = struct.Struct("<Q")
 _attached: dict[int, Pixels] = {}  # in a worker: the pixels that were sent to it, by number
 
 
-def _tensor(flat: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...], parameter: bool) -> Tensor:
-    found = torch.from_numpy(flat).view(dtype).view(shape).clone()
+_reading = threading.local()  # ``data``: the message that this thread unpacks
+
+
+def _tensor(at: int, dtype: torch.dtype, shape: tuple[int, ...], parameter: bool) -> Tensor:
+    count = math.prod(shape)
+    if count:
+        found = torch.frombuffer(_reading.data, dtype=dtype, count=count, offset=at).view(shape).clone()
+    else:
+        found = torch.empty(shape, dtype=dtype)
     return nn.Parameter(found, requires_grad=found.is_floating_point()) if parameter else found
-
-
-def _flat(v: Tensor) -> np.ndarray:
-    flat: np.ndarray = v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return flat
 
 
 def _pixels(number: int) -> Pixels:
@@ -44,13 +47,22 @@ def _pixels(number: int) -> Pixels:
 
 
 class _Packer(ForkingPickler):
-    def __init__(self, file: io.BytesIO, aside: Callable[[Any], None], numbers: dict[int, int], used: set[int]) -> None:
-        super(ForkingPickler, self).__init__(file, 5, buffer_callback=aside)
-        self.numbers, self.used = numbers, used
+    """Tensors' bytes go into ``tensors``, each at a multiple of 64; the rest into ``file``."""
+
+    def __init__(self, file: io.BytesIO, numbers: dict[int, int]) -> None:
+        super(ForkingPickler, self).__init__(file, 5)
+        self.numbers, self.used = numbers, set[int]()
+        self.tensors: list[Any] = []
+        self.at = 0
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Tensor):
-            return _tensor, (_flat(obj), obj.dtype, tuple(obj.shape), isinstance(obj, nn.Parameter))
+            at, size = self.at, obj.numel() * obj.element_size()
+            if size:
+                flat = obj.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                self.tensors += [flat.numpy().data, b"\0" * (-size % 64)]
+                self.at += size + -size % 64
+            return _tensor, (at, obj.dtype, tuple(obj.shape), isinstance(obj, nn.Parameter))
         if id(obj) in self.numbers:
             self.used.add(self.numbers[id(obj)])
             return _pixels, (self.numbers[id(obj)],)
@@ -60,32 +72,30 @@ class _Packer(ForkingPickler):
 
 
 def pack(obj: Any, numbers: dict[int, int] | None = None) -> tuple[bytes, set[int]]:
-    """``obj`` as one run of bytes, and the numbers of the images that it refers to.
+    """``obj`` as one run of bytes (the tensors' size, tensors, the rest), and the numbers of the images that it refers to.
 
     ``numbers``: by ``id``, the pixels that are sent apart (:class:`Shelf`).
     """
-    body, aside, used = io.BytesIO(), [], set[int]()
-    _Packer(body, lambda b: aside.append(b.raw()), numbers or {}, used).dump(obj)  # type: ignore[func-returns-value]
-    parts = [body.getbuffer(), *aside]
-    head = _SIZES.pack(len(parts)) + b"".join(_SIZES.pack(p.nbytes) for p in parts)
-    return b"".join([head, *parts]), used
+    body = io.BytesIO()
+    packer = _Packer(body, numbers or {})
+    packer.dump(obj)
+    return b"".join([_SIZE.pack(packer.at), *packer.tensors, body.getbuffer()]), packer.used
 
 
 def unpack(data: bytearray) -> Any:
-    """The inverse of :func:`pack`; arrays are views of ``data``, tensors are copies."""
-    view = memoryview(data)
-    (count,) = _SIZES.unpack_from(view, 0)
-    sizes = [_SIZES.unpack_from(view, _SIZES.size * (i + 1))[0] for i in range(count)]
-    parts, at = [], _SIZES.size * (count + 1)
-    for size in sizes:
-        parts.append(view[at : at + size])
-        at += size
-    return ForkingPickler.loads(parts[0], buffers=parts[1:])
+    """The inverse of :func:`pack`; nothing refers to ``data`` afterwards."""
+    view = memoryview(data)[_SIZE.size :]
+    (size,) = _SIZE.unpack_from(data, 0)
+    _reading.data = view[:size]
+    try:
+        return ForkingPickler.loads(view[size:])
+    finally:
+        _reading.data = None
 
 
 def send(conn: Connection, packed: bytes) -> None:
     """One message; its size goes ahead, so that the other side receives into memory it may write to."""
-    conn.send_bytes(_SIZES.pack(len(packed)))
+    conn.send_bytes(_SIZE.pack(len(packed)))
     conn.send_bytes(packed)
 
 
@@ -95,7 +105,7 @@ def receive(conn: Connection) -> Any:
     Raises:
         EOFError: the other side is gone.
     """
-    (size,) = _SIZES.unpack(conn.recv_bytes())
+    (size,) = _SIZE.unpack(conn.recv_bytes())
     data = bytearray(size)
     conn.recv_bytes_into(data)
     return unpack(data)

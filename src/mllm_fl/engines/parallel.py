@@ -45,18 +45,25 @@ class ParallelEngine:
         self.task, self.on_event = task, on_event
         self._setup = Setup(task, algorithm, local, batch_norm)
         self._given = pool is not None
+        self._sent: tuple[str, int] | None = None
         self.pool = pool or Pool(config.workers or workers_at_hand())
 
     def __enter__(self) -> ParallelEngine:
         for images in (self.task.unlabelled, self.task.labelled):
             if images is not None:
                 self.pool.share(images)
-        try:
-            self._common = (self.pool.common("setup", self._setup),)
-        except Exception as e:  # a class inside a function, a lambda
-            raise _unsendable(f"{type(e).__name__}: {e}") from e
+        self._mine()
         self.pool.start()
         return self
+
+    def _mine(self) -> tuple[tuple[str, int], ...]:
+        """What this engine's jobs have in common, sent anew if another engine has used the pool since."""
+        if self._sent is None or self.pool.current("setup") != self._sent:
+            try:
+                self._sent = self.pool.common("setup", self._setup)
+            except Exception as e:  # a class inside a function, a lambda
+                raise _unsendable(f"{type(e).__name__}: {e}") from e
+        return (self._sent,)
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         if not self._given:
@@ -68,11 +75,11 @@ class ParallelEngine:
         Raises:
             UserError: no worker can start, or what the setup names cannot be imported there.
         """
-        for _ in self._ordered(iter([Job("hello", (), self._common, 0, "federate.engine", {})]), 1):
+        for _ in self._ordered(iter([Job("hello", (), self._mine(), 0, "federate.engine", {})]), 1):
             pass
 
     def clients(self, msg: Broadcast, shards: Sequence[Shard], memory: Mapping[int, Tree]) -> Iterator[Reply]:
-        keep = (*self._common, self.pool.common("broadcast", msg))
+        keep = (*self._mine(), self.pool.common("broadcast", msg))
         jobs = (self._job("train", shard, (shard, memory.get(shard.client, {})), keep) for shard in shards)
         ahead = max(4 * self.pool.workers, AHEAD // max(1, nbytes(msg.w)))
         for shard, ((update, remembered), seconds) in zip(shards, self._ordered(jobs, ahead), strict=True):
@@ -80,7 +87,7 @@ class ParallelEngine:
 
     def evaluate(self, w: Tree, images: ImageSet) -> Evaluation:
         self.pool.share(images)
-        keep = (*self._common, self.pool.common("model", w))
+        keep = (*self._mine(), self.pool.common("model", w))
         step = BATCH * max(1, min(10, len(images) // (BATCH * 4 * self.pool.workers)))
         starts = range(0, len(images), step)
         jobs = (
@@ -93,7 +100,7 @@ class ParallelEngine:
         return total
 
     def survey(self, msg: Broadcast, shards: Sequence[Shard]) -> Iterator[tuple[int, Tree]]:
-        keep = (*self._common, self.pool.common("broadcast", msg))
+        keep = (*self._mine(), self.pool.common("broadcast", msg))
         jobs = (self._job("survey", shard, (shard,), keep) for shard in shards)
         for shard, (answer, _) in zip(shards, self._ordered(jobs, 64 * self.pool.workers), strict=True):
             yield shard.client, answer

@@ -141,6 +141,14 @@ class Pool:
         self._common[kind] = (self._numbers, *self._pack(("keep", kind, value)))
         return kind, self._numbers
 
+    def current(self, kind: str) -> tuple[str, int] | None:
+        """What :meth:`common` returned last for this kind; another engine may have called it since."""
+        return (kind, self._common[kind][0]) if kind in self._common else None
+
+    def pids(self) -> list[int]:
+        """Process numbers of the workers that have been started."""
+        return [p.process.pid for p in self._processes if p is not None]
+
     def share(self, images: ImageSet) -> None:
         """See :meth:`mllm_fl.engines.channel.Shelf.put`."""
         self.shelf.put(images)
@@ -293,8 +301,11 @@ class Pool:
 
     def _asked(self, process: _Process, job: Job) -> tuple[Any, ...]:
         for kind, number in job.keep:
-            if process.kept.get(kind) != number and self._common[kind][0] == number:
-                self._hand(process, *self._common[kind][1:])
+            if process.kept.get(kind) != number:
+                current, packed, used = self._common[kind]
+                if current != number:  # of a batch that nobody waits for any more
+                    return "broken", f"its {kind} has been replaced", ""
+                self._hand(process, packed, used)
                 process.kept[kind] = number
         self._hand(process, *self._pack((job.kind, *job.args)))
         said: tuple[Any, ...] = channel.receive(process.conn)
