@@ -21,9 +21,7 @@ def latest(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
         if line.get("benchmark") in ("engines", "engines and peers", "profile"):
-            key = json.dumps(
-                [line["benchmark"], line["processor"], line["cores"] if "cores" in line else None, line["load"]]
-            )
+            key = json.dumps([line["benchmark"], line["processor"], line.get("cores", None), line["load"]])
             found.pop(key, None)
             found[key] = line
     return list(found.values())
@@ -37,9 +35,9 @@ def table(line: dict[str, Any]) -> str:
     if line["benchmark"] == "profile":
         names = list(line["parts"])
         rows = [f"| part of a client's round | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-        rows += [
-            f"| {p} | {' | '.join(f'{line['parts'][n][p]:.3f}' for n in names)} |" for p in line["parts"][names[0]]
-        ]
+        for part in line["parts"][names[0]]:
+            seconds = (f"{line['parts'][n][part]:.3f}" for n in names)
+            rows.append(f"| {part} | {' | '.join(seconds)} |")
         head = (
             f"**Where a client's round goes**: {load['images']} images, {network}; seconds of processor time. {where}."
         )

@@ -9,6 +9,7 @@ Each client process gets one core and one thread; the server averages with FedAv
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -79,7 +80,7 @@ def main() -> None:
         server_app=ServerApp(server_fn=server), client_app=ClientApp(client_fn=client), num_supernodes=load.clients,
         backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0}},
     )  # fmt: skip
-    laps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    laps = [b - a for a, b in itertools.pairwise(times)]
     print(
         json.dumps(
             {

@@ -9,6 +9,7 @@ needs Horovod or torchrun, one more installation.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from importlib.metadata import version
@@ -85,7 +86,7 @@ def main() -> None:
         model_eval_params=None,
         callbacks=[Clock()],
     )
-    laps, cpu = ([b - a for a, b in zip(v, v[1:], strict=False)] for v in (times, used))
+    laps, cpu = ([b - a for a, b in itertools.pairwise(v)] for v in (times, used))
     said = {"peer": f"pfl-research {version('pfl')}", "torch": torch.__version__, "threads": args.threads}
     print(json.dumps(said | {"seconds": laps, "core_seconds": cpu, "numpy": np.__version__}))
 
