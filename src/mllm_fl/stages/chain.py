@@ -41,6 +41,8 @@ from mllm_fl.stages.federate import federate, outcome
 from mllm_fl.stages.measures import overhead, standing
 from mllm_fl.stages.pretrain import pretrain
 from mllm_fl.stages.server import clients_logits, unlabelled_images
+from mllm_fl.stages.validation import chosen as chosen_by
+from mllm_fl.stages.validation import held_out
 from mllm_fl.toml import to_dict
 from mllm_fl.trees import Tree, clone, digest
 
@@ -187,9 +189,13 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
         settled = engine_of(config, path, federation, network)
         task = task_of(config, federation, network, settled)
         aligned_on = alignment_images(config, federation) if config.align is not None else None
+        wanted, validation = config.federate.validation_per_class, None
+        if wanted is not None:
+            validation = held_out(federation, wanted, (aligned_on, task.unlabelled, task.labelled), config.data.seed)
         sets = {
             "train": federation.subset,
             "align": aligned_on,
+            "validation": validation,
             "unlabelled": task.unlabelled,
             "labelled": task.labelled,
         }
@@ -210,6 +216,7 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
             state = federate(
                 fed, task, federation, w, folder,
                 batch_norm=config.model.batch_norm, aligner=aligner, teacher=teacher, progress=progress, engine=engine,
+                validation=validation,
             )  # fmt: skip
             final = outcome(fed, task, state, federation.test, found_groups, folder, aligner, engine)
         save_model(path / "model.safetensors", config.federate.method.deploy(task, state), config, federation)
@@ -227,7 +234,7 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
         final["seconds"] |= stage_one_seconds(config, root)
         final["seconds"]["total"] = sum(final["seconds"].values())
         rows = {name: read_rows(path / f"{name}.jsonl") for name in ("rounds", "clients", "timings")}
-        final |= standing(final["last"], rows["rounds"], federation)
+        final |= standing(final["last"], rows["rounds"], federation) | {"chosen": chosen_by(rows["rounds"], validation)}
         first = next(k for k, held in enumerate(federation.clients) if held)
         shard = Shard(first, state.round + 1, federation.client(first), config.seed, (teacher or {}).get(first))
         card, made = stage_one_records(config, root)

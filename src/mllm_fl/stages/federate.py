@@ -53,6 +53,7 @@ class FederateConfig:
     does; "uniform" from the named stream (run, "sampling", round). Evaluated every ``evaluate_every`` rounds and in each of the
     last ``evaluate_last``; ``report_last``: the last rounds whose evaluated ones make the mean that a run is quoted with.
     ``limit``: an update with a value beyond it in magnitude is dropped.
+    ``validation_per_class``: held-out server images of every class by which a round is chosen (stages/validation.py); absent: none.
     """
 
     algorithm: str = "fedavg"
@@ -64,6 +65,7 @@ class FederateConfig:
     report_last: int = 20
     checkpoint_every: int = 1
     limit: float = 1e6
+    validation_per_class: int | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -73,6 +75,8 @@ class FederateConfig:
         for name in ("rounds", "clients_per_round", "evaluate_every", "checkpoint_every", "report_last"):
             if getattr(self, name) < 1:
                 raise UserError(f"federate.{name}", f"{getattr(self, name)} is below 1")
+        if self.validation_per_class is not None and self.validation_per_class < 1:
+            raise UserError("federate.validation_per_class", f"{self.validation_per_class} is below 1", "leave it out")
         if not isinstance(self.method, find(self.algorithm)):
             raise UserError(
                 "federate.method", f"holds a {type(self.method).__name__}, but federate.algorithm is {self.algorithm!r}"
@@ -102,11 +106,12 @@ def federate(
     teacher: Mapping[int, Tensor] | None = None,
     progress: Progress = silent,
     engine: Engine | None = None,
+    validation: ImageSet | None = None,
 ) -> Server:
     """Run or resume the rounds from the weights ``w``; rows go to the run folder as they come.
 
-    ``teacher``: each client's rows of the frozen teacher's zero-shot logits, for methods that need them. ``engine``: one that is
-    open already; else the one that ``config.engine`` names, for the time of this call.
+    ``teacher``: each client's rows of the frozen teacher's zero-shot logits, for methods that need them. ``validation``: held-out images, scored beside the
+    test images. ``engine``: one that is open already; else the one that ``config.engine`` names, for the time of this call.
 
     Returns the server's state after the last round, and after the survey if the method ``concludes``. Killed at any moment and called again with the same arguments, it
     ends with the same bytes in its weights, rounds.jsonl and clients.jsonl.
@@ -127,6 +132,7 @@ def federate(
                 teacher=teacher,
                 progress=progress,
                 engine=opened,
+                validation=validation,
             )
     if config.clients_per_round > len(task.population):
         raise UserError(
@@ -152,6 +158,12 @@ def federate(
         state, row = _round(
             config, task, federation, state, memory, online, run, engine, aligner, groups, teacher or {}, meter
         )
+        if validation is not None:
+            once = aligner is not None and aligner.config.when == "end" and t == config.rounds
+            row["validation"] = None  # the row's test accuracy must be the same model's
+            if row["evaluated"] and not once:
+                found = engine.evaluate(config.method.deploy(task, state), validation)
+                row["validation"] = found.scores(None)["class_weighted"]
         run.append("rounds.jsonl", [row])
         if t % config.checkpoint_every == 0 or t == config.rounds:
             _refuse_other_form(config.algorithm, state, fresh)

@@ -102,7 +102,12 @@ def from_finished(
             "seconds": before["seconds"] | {"server": before["seconds"]["server"] + survey["seconds"], "total": before["seconds"]["total"] + survey["seconds"]},
             "environment": environment(), "command": command,
         }  # fmt: skip
-        final |= standing(final["last"], [], federation) | {"forgetting": None, "history": None, "config": config.resolved()}
+        final |= standing(final["last"], [], federation) | {
+            "forgetting": None,
+            "history": None,
+            "chosen": None,
+            "config": config.resolved(),
+        }
         folder.write_json("final.json", final)
         folder.event("finished", source=str(source))
         return final
