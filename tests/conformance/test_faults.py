@@ -449,7 +449,25 @@ class OutsideTheState(Algorithm):
         return state
 
 
+@dataclass(frozen=True)
+class UsesTheNet(Algorithm):
+    """Asks the network object, whose weights are nobody's."""
+
+    def deploy(self, task: Task, s: Server) -> Tree:
+        return {**s.w, task.head[1]: task.net.get_parameter(task.head[1]).detach()}
+
+
+@dataclass(frozen=True)
+class LosesABit(Algorithm):
+    """Cross-entropy as a mean of its own: gradients are equal, the loss differs in its last digit."""
+
+    def objective(self, task: Task, w: Tree, msg: Broadcast, mine: Tree, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(task.forward(w, x)[1], y, reduction="none").mean()
+
+
 OTHERS = [
+    (UsesTheNet, "net", "the network object's own weights"),
+    (LosesABit, "neutral", "the losses that it records differ"),
     (OnSelf, "self", "server stores 'rounds' on the method"),
     (OnTheClass, "self", "finish stores 'visits' on the method"),
     (OnTheModule, "global-state", "kept in a module"),

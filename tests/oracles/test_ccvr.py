@@ -115,3 +115,17 @@ def test_epochs_are_passes_over_all_draws_in_batches() -> None:
         head = {k: head[k] - 0.1 * speed[k] for k in head}
     method = CCVR(samples=3, epochs=2, lr=0.1, batch_size=4)
     plain.near(play(method, world, 1, local=plain.LOCAL).deployed, {**w, **head})
+
+
+def test_what_the_survey_sends() -> None:
+    """Per class 8 bytes of count, d floats of mean and d * d of covariance; d is 3 here."""
+    task = plain.world().task
+    assert CCVR().upload_bytes(task, 2) == 2 * (8 + 12 + 36)
+    assert CCVR(samples=0).upload_bytes(task, 2) == 0
+
+
+def test_without_samples_nobody_is_asked() -> None:
+    world = plain.world()
+    msg = CCVR().broadcast(CCVR().init(world.task, world.w))
+    assert CCVR(samples=0).survey(world.task, msg, world.shard(0, 1)) == {}
+    assert len(CCVR(samples=1).survey(world.task, msg, world.shard(0, 1))) == 9

@@ -9,6 +9,7 @@ from tests.oracles import plain
 from mllm_fl.algorithms.base import FedAvg, Server, Update
 from mllm_fl.conformance import toy
 from mllm_fl.conformance.play import play
+from mllm_fl.trees import weighted_mean
 
 
 def test_three_rounds_in_numpy() -> None:
@@ -49,3 +50,8 @@ def test_every_entry_lies_between_the_clients() -> None:
         low, high = sent.min(0).values, sent.max(0).values
         room = 0.5 if k.endswith("tracked") else 1e-6
         assert bool(((v >= low - room) & (v <= high + room)).all()), k
+
+
+def test_a_mean_carries_no_graph() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    assert not weighted_mean([(1.0, {"a": leaf * 2})])["a"].requires_grad

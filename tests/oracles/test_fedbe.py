@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -26,14 +28,16 @@ def sample(w: plain.W, clients: list[plain.W], scale: float, noise: plain.W) -> 
     return out
 
 
-def test_server_step_in_numpy() -> None:
-    world, steps, every, lr = plain.world(("unlabelled",)), 7, 2, 0.3
+@pytest.mark.parametrize(("size", "t"), [(1000, 1), (5, 4)])
+def test_server_step_in_numpy(size: int, t: int) -> None:
+    """Round ``t`` is the server's state after t - 1 rounds; noise and the order of images are what its named streams hand out."""
+    world, steps, every, lr = plain.world(("unlabelled",)), 9, 2, 0.3
     assert world.task.unlabelled is not None
     m, _ = plain.seen(world.task.unlabelled)
     sent, images, start = plain.moved(world.w, [0.5, 1.5, 2.0]), [16.0, 11.0, 7.0], plain.of(world.w)
     clients = [plain.of(s) for s in sent]
     average = plain.mean(images, clients)
-    draws = world.task.stream("posterior", 1)
+    draws = world.task.stream("posterior", t)
     models = [average]
     for _ in range(3):
         noise = {k: torch.randn(v.shape, generator=draws).double().numpy() for k, v in start.items()}
@@ -41,21 +45,23 @@ def test_server_step_in_numpy() -> None:
     q = np.mean([plain.softmax(plain.logits(v, m)) for v in [*models, *clients]], 0) ** 3.0
     q = q / q.sum(1, keepdims=True)
 
-    def loss(v: plain.W) -> float:
-        return float(
-            (q * (np.log(q) - plain.log_softmax(plain.logits(v, m)))).mean()
-        )  # over elements: 1/C of the batch mean
+    draws = world.task.stream("distil", t)
+    order = [b.numpy() for _ in range(steps) for b in torch.randperm(len(m), generator=draws).split(size)]
+
+    def loss(v: plain.W, b: plain.Array) -> float:
+        gap = q[b] * (np.log(q[b]) - plain.log_softmax(plain.logits(v, m[b])))
+        return float(gap.mean())  # over elements: 1/C of the batch mean
 
     w, speed, late = average, {k: 0 * v for k, v in start.items()}, []
     for i in range(1, steps + 1):
-        g = plain.slope(loss, w)
+        g = plain.slope(partial(loss, b=order[i - 1]), w)
         speed = {k: 0.9 * speed[k] + g[k] + 1e-5 * w[k] for k in w}
         w = {k: w[k] - lr * speed[k] for k in w}
-        if i in (4, 6, 7):  # after half of the steps, every second one, and the last
+        if i in (6, 8, 9):  # after half of the steps, every second one, and the last
             late.append(w)
-    method = FedBE(steps=steps, batch_size=1000, lr=lr, samples=3, variance=0.4, sharpen=3.0, average_every=every)
+    method = FedBE(steps=steps, batch_size=size, lr=lr, samples=3, variance=0.4, sharpen=3.0, average_every=every)
     updates = [Update(k, s, n, {}, {}) for k, (s, n) in enumerate(zip(sent, images, strict=True))]
-    got = method.server(world.task, Server(world.w), iter(updates)).w
+    got = method.server(world.task, Server(world.w, round=t - 1), iter(updates)).w
     plain.near(got, plain.mean([1, 1, 1], late))
 
 
@@ -78,6 +84,17 @@ def test_a_tensor_that_nobody_moved_stays() -> None:
     one = {**client, "classifier.bias": world.w["classifier.bias"]}
     got = sampled(world.w, [client, one], world.task.trainable, 0.1, stream(0, "x"))
     assert all(bool(torch.isfinite(v).all()) for v in got.values())
+
+
+def test_the_spread_has_a_floor_where_clients_differ() -> None:
+    """Two clients that went the same way, one further: the directions agree, and the variance of a direction is 1e-5 at least."""
+    world = plain.world()
+    one = plain.moved(world.w, [0.5])[0]
+    models = [one, {k: world.w[k] + 2 * (one[k] - world.w[k]) for k in one}]
+    draws = stream(0, "x")
+    noise = {k: torch.randn(v.shape, generator=draws).double().numpy() for k, v in world.w.items()}
+    got = sampled(world.w, models, world.task.trainable, 100.0, stream(0, "x"))
+    plain.near(got, sample(plain.of(world.w), [plain.of(v) for v in models], 100.0, noise), 1e-3)
 
 
 def test_the_spread_is_what_it_is_drawn_from() -> None:

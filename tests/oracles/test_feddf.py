@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -23,8 +25,11 @@ def divergence(teachers: list[plain.W], w: plain.W, m: plain.Array, temperature:
     return float((np.exp(log_q) * (log_q - log_p)).sum(1).mean())
 
 
-@pytest.mark.parametrize(("max_norm", "temperature"), [(5.0, 1.0), (0.01, 1.0), (5.0, 2.5)])
-def test_server_step_in_numpy(max_norm: float, temperature: float) -> None:
+@pytest.mark.parametrize(
+    ("max_norm", "temperature", "size", "t"), [(5.0, 1.0, 1000, 1), (0.01, 1.0, 5, 1), (5.0, 2.5, 5, 3)]
+)
+def test_server_step_in_numpy(max_norm: float, temperature: float, size: int, t: int) -> None:
+    """Round ``t`` is the server's state after t - 1 rounds; the order of images is what its named stream hands out."""
     world, steps, lr = plain.world(("unlabelled",)), 6, 0.05
     assert world.task.unlabelled is not None
     m, _ = plain.seen(world.task.unlabelled)
@@ -33,9 +38,10 @@ def test_server_step_in_numpy(max_norm: float, temperature: float) -> None:
     w = plain.mean(images, teachers)
     first = {k: 0 * v for k, v in w.items()}
     second = dict(first)
-    clipped = 0
+    clipped, draws = 0, world.task.stream("distil", t)
+    order = [b.numpy() for _ in range(steps) for b in torch.randperm(len(m), generator=draws).split(size)]
     for i in range(steps):
-        g = plain.slope(lambda v: divergence(teachers, v, m, temperature), w)
+        g = plain.slope(partial(divergence, teachers, m=m[order[i]], temperature=temperature), w)
         norm = float(np.sqrt(sum((v**2).sum() for v in g.values())))
         clipped += norm > max_norm
         g = {k: v * min(1.0, max_norm / norm) for k, v in g.items()}
@@ -46,9 +52,11 @@ def test_server_step_in_numpy(max_norm: float, temperature: float) -> None:
             root = np.sqrt(second[k] / (1 - 0.999 ** (i + 1))) + 1e-8
             w[k] = w[k] - pace * first[k] / (1 - 0.9 ** (i + 1)) / root
     assert (clipped > 0) == (max_norm < 1)
-    method = FedDF(steps=steps, batch_size=1000, lr=lr, temperature=temperature, max_norm=max_norm)
+    method = FedDF(steps=steps, batch_size=size, lr=lr, temperature=temperature, max_norm=max_norm)
     updates = [Update(k, s, n, {}, {}) for k, (s, n) in enumerate(zip(sent, images, strict=True))]
-    plain.near(method.server(world.task, Server(world.w), iter(updates)).w, w, 2e-4)  # Adam divides small by small
+    plain.near(
+        method.server(world.task, Server(world.w, round=t - 1), iter(updates)).w, w, 2e-4
+    )  # Adam divides small by small
 
 
 def test_identical_teachers_leave_the_student() -> None:

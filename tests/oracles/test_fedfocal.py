@@ -26,7 +26,7 @@ def test_three_rounds_in_numpy() -> None:
     plain.near(play(FedFocal(gamma=1.5, alpha=0.6), world, 3, local=plain.LOCAL).state.w, w)
 
 
-@pytest.mark.parametrize(("gamma", "alpha"), [(0.0, 1.0), (0.5, 1.0), (2.0, 0.25), (5.0, 3.0)])
+@pytest.mark.parametrize(("gamma", "alpha"), [(0.0, 1.0), (0.0, 0.25), (0.5, 1.0), (1.0, 1.0), (2.0, 0.25), (5.0, 3.0)])
 def test_the_pure_function(gamma: float, alpha: float) -> None:
     z = np.random.default_rng(1).normal(0, 3, (7, 4))
     y = np.array([0, 1, 2, 3, 0, 1, 2])
@@ -46,3 +46,16 @@ def test_the_gradient_is_finite_where_p_is_one() -> None:
         (g,) = torch.autograd.grad(focal(z, torch.tensor([0]), gamma), z)
         assert bool(torch.isfinite(g).all())
         assert float(g.abs().max()) < 1e-3
+
+
+def test_gamma_0_is_cross_entropy_to_the_last_bit() -> None:
+    rng = np.random.default_rng(2)
+    for n in range(1, 40):
+        z, y = torch.from_numpy(rng.normal(0, 3, (n, 5))).float(), torch.from_numpy(rng.integers(0, 5, n))
+        assert torch.equal(focal(z, y, 0.0, 1.0), torch.nn.functional.cross_entropy(z, y))
+
+
+def test_where_p_is_one_the_factor_is_kept_at_1e_12() -> None:
+    """1 - p = e^-40 = 4.2e-18 counts as 1e-12: the loss is sqrt(1e-12) e^-40."""
+    z = torch.tensor([[40.0, 0.0]]).double()
+    assert float(focal(z, torch.tensor([0]), 0.5)) == pytest.approx(1e-6 * np.exp(-40), rel=1e-3)

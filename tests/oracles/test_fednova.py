@@ -44,6 +44,7 @@ def test_server_in_numpy_and_buffers_as_fedavg() -> None:
         if k in world.task.trainable:
             d = sum(p[i] * (old - new[i]) / steps[i] for i in range(3))
             expected = old - tau * d
+            assert np.array_equal(got[k].numpy(), expected.astype(np.float32)), k  # summed in float64, rounded once
         else:
             expected = sum(p[i] * new[i] for i in range(3))
         assert np.abs(got[k].double().numpy() - expected).max() < (0.5 if k.endswith("tracked") else 1e-4), k

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tests.oracles import plain
 
-from mllm_fl.algorithms.base import Broadcast, Local
+from mllm_fl.algorithms.base import Broadcast, Local, Server, Update
 from mllm_fl.algorithms.scaffold import Scaffold
+from mllm_fl.conformance import toy
 from mllm_fl.conformance.play import play
 from mllm_fl.errors import UserError
 
@@ -38,6 +40,18 @@ def test_three_rounds_in_numpy(control: float) -> None:
     plain.near(played.state.w, w)
     plain.near(played.state.extra, c)
     plain.near(played.memory[0], mine[0])
+
+
+def test_the_servers_variate_is_summed_in_float64() -> None:
+    world, method = toy.world(), Scaffold()
+    state = method.init(world.task, world.w)
+    sent = [plain.moved(state.extra, [0.1 * k])[0] for k in (1, 2, 7)]
+    updates = [Update(k, world.w, 2.0, extra, {}) for k, extra in enumerate(sent)]
+    got = method.server(world.task, Server(world.w, sent[1]), iter(updates)).extra
+    for k, v in got.items():
+        total = sum(e[k].double().numpy() for e in sent)
+        expected = sent[1][k].double().numpy() + total / 3
+        assert np.array_equal(v.numpy(), expected.astype(np.float32)), k
 
 
 def test_local_momentum_is_refused() -> None:

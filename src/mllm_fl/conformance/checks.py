@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import sys
@@ -45,11 +46,17 @@ def says_what_it_is(row: Row) -> str | None:
 
 
 def neutral_is_fedavg(row: Row) -> str | None:
-    """At its neutral value the method is FedAvg bit for bit, in what it deploys and in what it broadcasts."""
+    """At its neutral value the method is FedAvg bit for bit, in what it deploys, what it broadcasts and the losses it records."""
     world = row.world()
     a, b = play(row.plain, world), play(FedAvg(), world)
     if digest(a.deployed) == digest(b.deployed) and digest(a.state.w) == digest(b.state.w):
-        return None
+        losses = [[u.metrics.get("loss") for sent in p.updates for u in sent] for p in (a, b)]
+        if losses[0] == losses[1]:
+            return None
+        return (
+            f"at {dict(row.method.neutral)} its weights are FedAvg's, and the losses that it records differ in their last"
+            " digits: the same sum in another order; return FedAvg's own objective there"
+        )
     name = _first_difference(a.deployed, b.deployed) or _first_difference(a.state.w, b.state.w)
     gap = max(distance(a.deployed, b.deployed), distance(a.state.w, b.state.w))
     cause = (
@@ -158,6 +165,22 @@ def unreached_parameters(row: Row) -> str | None:
         return said
     if float((played.state.w["idle"] - world.w["idle"]).abs().max()) > 1e-3:
         return "a parameter that no loss reaches moves all the same; leave out the names that are not in grads"
+    return None
+
+
+def net_is_structure(row: Row) -> str | None:
+    """All weights come in as trees: the network object's own are never used (here they are NaN)."""
+    world = row.world()
+    hollow = copy.deepcopy(world.task.net)
+    with torch.no_grad():
+        for v in hollow.state_dict().values():
+            v.fill_(float("nan") if v.is_floating_point() else -1)
+    empty = dataclasses.replace(world, task=dataclasses.replace(world.task, net=hollow))
+    if digest(play(row.rich, world).deployed) != digest(play(row.rich, empty).deployed):
+        return (
+            "the network object's own weights or buffers enter the result: call task.forward(w, x) with a whole tree, buffers"
+            " included, never task.net(x)"
+        )
     return None
 
 

@@ -31,6 +31,7 @@ CHECKS: dict[str, Callable[[Row], str | None]] = {
     "rejected-update": checks.rejected_update,
     "no-gradient": checks.unreached_parameters,
     "shapes": checks.shapes_are_kept,
+    "net": checks.net_is_structure,
     "interruption": state.interruption,
     "client-memory": state.memory_is_returned,
     "server-state": state.server_state_is_kept,
