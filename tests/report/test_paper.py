@@ -102,6 +102,15 @@ def test_two_arms_of_one_method_keep_their_names() -> None:
     ]
 
 
+def test_a_post_hoc_method_has_one_score_and_says_so() -> None:
+    tau = run("tau", algorithm="taunorm", mean_last=None) | {"from": {"run": "fedavg-0"}}
+    (sheet,) = sheets(2, [run(), tau])
+    row = next(row for row in sheet.rows if row[0] == "FedAvg+tau-norm")
+    assert row[1:3] == ("49.95", "50.0 † (1)") and any(note.startswith("† applied once") for note in sheet.notes)
+    (unknown,) = sheets(2, [run("tau", algorithm="taunorm", mean_last=None)])
+    assert all(row[2] == "–" for row in unknown.rows)  # an ordinary run without a mean is a gap
+
+
 def test_data_sets_are_known_by_their_class_counts() -> None:
     assert setting(run(imbalance=50)) == "CIFAR-10-LT 50"
     assert setting({"class_counts": [87, 59, 40, 27, 19, 13, 9, 6, 4, 2]}) is None and setting({}) is None
@@ -143,7 +152,7 @@ def test_table_4_counts_epochs_to_the_target() -> None:
 def test_formats() -> None:
     (sheet,) = sheets(2, [run(seed=s, accuracy=0.5) for s in (0, 1)])
     markdown, text, latex = (render(sheet, form) for form in ("markdown", "csv", "latex"))
-    assert "| FedAvg | 56.17 | 50.0 ± 0.0 \\(2\\) |" in markdown and markdown.startswith("### Table 2")
+    assert "| FedAvg | 56.17 | 50.0 ± 0.0 (2) |" in markdown and markdown.startswith("### Table 2")
     assert "FedAvg,56.17,50.0 ± 0.0 (2),59.36,–" in text
     assert r"FedAvg & 56.17 & 50.0 $\pm$ 0.0 (2) & 59.36 & -- &" in latex and latex.count(r"\\") == 14
 

@@ -163,7 +163,10 @@ def _cells(table: int, finals: Sequence[Mapping[str, Any]], rule: str) -> dict[s
             (value,) = compare(runs)
             path = _columns(table, runs[0])[column]
             chosen = value.values[rule if not path else path[1].replace("accuracy", "last")]
+            once = chosen is None and rule == "mean_last" and all("from" in run for run in runs)
+            chosen = value.values["last"] if once else chosen
             shown = percent(chosen, sd=len(runs) > 1)  # of one seed the deviation would be over its rounds
+            shown += _ONCE_MARK if once and chosen is not None else ""
             out.setdefault(row, {})[column] = shown + (f" ({len(runs)})" if shown != MISSING else "")
     return out
 
@@ -180,11 +183,15 @@ def _beside(table: int, finals: Sequence[Mapping[str, Any]], rule: str) -> Sheet
     for name, mine in ours.items():
         body.append((name, *(x for c in columns for x in (MISSING, mine.get(c, MISSING)))))
     notes = [*source, f"Ours: {_words(rule, finals)}, mean ± sample standard deviation over seeds (how many).", _RULE]
+    if any(_ONCE_MARK in cell for line in body for cell in line):
+        notes.append(_ONCE)
     if not finals:
         notes.append("No run by the paper's protocol is among the results.")
     return Sheet(TITLES[table], head, tuple(body), tuple(notes))
 
 
+_ONCE_MARK = " †"
+_ONCE = "† applied once to a finished FedAvg run: there are no rounds to take a mean over; its one score."
 _RULE = (
     "Published: the paper does not say by which rule; code of the same line reports the best round on the test images."
 )
@@ -192,7 +199,7 @@ _RULE = (
 
 def _words(rule: str, finals: Sequence[Mapping[str, Any]]) -> str:
     """The rule in words, with the number of rounds where all runs agree on it."""
-    windows = {number(f, "mean_last", "rounds") for f in finals}
+    windows = {number(f, "mean_last", "rounds") for f in finals if f.get("mean_last")}
     if rule == "mean_last" and len(windows) == 1 and None not in windows:
         return f"mean over the evaluated rounds among the last {windows.pop():g}"
     return RULES[rule]
@@ -205,9 +212,11 @@ def _apart(table: int, protocol: str, finals: Sequence[Mapping[str, Any]], rule:
     ranked = [*METHODS.values(), OURS]
     names = sorted(ours, key=lambda n: (ranked.index(n) if n in ranked else len(ranked), n))
     body = tuple((name, *(ours[name].get(c, MISSING) for c in columns)) for name in names)
+    once = (_ONCE,) if any(_ONCE_MARK in cell for line in body for cell in line) else ()
     notes = (
         f"{protocol[0].upper()}{protocol[1:]}: methods among themselves; not comparable with the paper's numbers.",
         f"{_words(rule, finals)}, mean ± sample standard deviation over seeds (how many).",
+        *once,
     )
     return Sheet(f"{TITLES[table].partition(':')[0]}'s data, {protocol}", ("method", *columns), body, notes)
 

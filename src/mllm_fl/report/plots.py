@@ -45,7 +45,7 @@ def curves(
     axes = plot(drawn)
     for line in lines:
         mean = np.array([v.mean for v in line.values]) * scale
-        look: dict[str, Any] = {"color": colour(line.index), "linewidth": 1.8}
+        look: dict[str, Any] = {"color": colour(line.index), "linewidth": 1.8 if len(lines) <= 8 else 1.0}
         if dash(line.index):
             look["dashes"] = dash(line.index)
         if len(mean) == 1:

@@ -22,10 +22,15 @@ def render(sheet: Sheet, form: str) -> str:
 
 def _markdown(sheet: Sheet) -> str:
     lines = [f"### {markdown_cell(sheet.title)}", ""]
-    lines.append("| " + " | ".join(map(markdown_cell, sheet.head)) + " |")
+    lines.append("| " + " | ".join(map(_plain_cell, sheet.head)) + " |")
     lines.append("|:---" + "|---:" * (len(sheet.head) - 1) + "|")
-    lines += ["| " + " | ".join(map(markdown_cell, row)) + " |" for row in sheet.rows]
-    return "\n".join([*lines, "", " ".join(map(markdown_cell, sheet.notes)), ""])
+    lines += ["| " + " | ".join(map(_plain_cell, row)) + " |" for row in sheet.rows]
+    return "\n".join([*lines, "", " ".join(map(_plain_cell, sheet.notes)), ""])
+
+
+def _plain_cell(text: str) -> str:
+    """A Markdown cell whose parentheses stay as they are: without its brackets there is no link."""
+    return markdown_cell(text).replace("\\(", "(").replace("\\)", ")")
 
 
 def _csv(sheet: Sheet) -> str:
