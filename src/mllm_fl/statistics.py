@@ -97,11 +97,11 @@ def effective_numbers(features: Tensor, y: Tensor, classes: int, batches: Sequen
     R_ij = f^_i . f^_j, a = 1/n, that is 1 / ||mean f^||^2, and one image counts 1; summed over ``batches`` (index tensors).
     The denominator is at least 1e-6, theirs too.
     """
-    totals = torch.zeros(classes)
-    sums = torch.zeros(classes, features.shape[1]).index_add_(0, y, features)
+    totals = torch.zeros(classes, device=features.device)
+    sums = torch.zeros(classes, features.shape[1], device=features.device).index_add_(0, y, features)
     means = sums / torch.bincount(y, minlength=classes).clamp_min(1)[:, None]
     unit = F.normalize(features - means[y], dim=1)
-    for batch in batches:
+    for batch in (b.to(y.device) for b in batches):
         for c in y[batch].unique().tolist():
             mine = unit[batch[y[batch] == c]]
             totals[c] += 1.0 if len(mine) == 1 else 1.0 / max(float(mine.mean(0).square().sum()), 1e-6)

@@ -21,11 +21,17 @@ def add(verbs: Any) -> None:
         q.add_argument("source", help="digits, cifar10, cifar100, imagenet-lt, folder:PATH, hf:NAME, pack:PATH")
         q.add_argument("--root", help="folder of the data set (else $MLLM_FL_DATA)")
         q.add_argument("--imbalance-factor", type=float, default=1.0)
-        q.add_argument("--partition", default="creff", choices=["creff", "dirichlet", "iid"])
+        known = ["creff", "dirichlet", "iid", *(["virtual"] if verb == "describe" else [])]
+        q.add_argument("--partition", default="creff", choices=known)
         q.add_argument("--alpha", type=float, default=0.5)
         q.add_argument("--clients", type=int, default=20)
         q.add_argument("--seed", type=int, default=7)
-        q.add_argument("--min-size", type=int, default=10, help="smallest client of a dirichlet partition (default 10)")
+        q.add_argument(
+            "--min-size",
+            type=int,
+            default=10,
+            help="smallest client of a dirichlet partition, every client of a virtual one (default 10)",
+        )
         q.add_argument("--image-size", type=int, help="pixels a side (default: the source's own)")
         q.add_argument("--manifest", help="a saved manifest that decides who holds what")
         if verb == "describe":

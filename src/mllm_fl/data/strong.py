@@ -35,7 +35,9 @@ def strong_view(x: Tensor, u: Tensor) -> Tensor:
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     half_h, half_w = height // 4, width // 4
     cy, cx = (u[:, 7] * height).long().view(-1, 1), (u[:, 8] * width).long().view(-1, 1)
-    in_y = (torch.arange(height) - cy + half_h >= 0) & (torch.arange(height) - cy < half_h)
-    in_x = (torch.arange(width) - cx + half_w >= 0) & (torch.arange(width) - cx < half_w)
+    in_y, in_x = (
+        (torch.arange(side, device=x.device) - c + half >= 0) & (torch.arange(side, device=x.device) - c < half)
+        for side, c, half in ((height, cy, half_h), (width, cx, half_w))
+    )
     turned = torch.where((u[:, 9] < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
     return turned.masked_fill((in_y[:, None, :, None] & in_x[:, None, None, :]), 0.0)

@@ -68,7 +68,7 @@ class BatchedEngine:
         self.why_alone = ""
         self._names: dict[frozenset[str], frozenset[str]] = {}
         self._programs: dict[tuple[object, ...], Program] = {}
-        self._flags: tuple[bool, bool] | None = None
+        self._flags: tuple[bool, bool, bool] | None = None
         self.record: dict[str, Any] = {
             "engine": "batched",
             **described(replace(config, name="batched")),
@@ -77,19 +77,22 @@ class BatchedEngine:
 
     def __enter__(self) -> BatchedEngine:
         if self.device.type == "cuda":  # process-wide switches of torch, put back on leaving
-            self._flags = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-            self._tf32(self.config.precision == "tf32", self.config.precision == "tf32")
+            b, rounded = torch.backends, self.config.precision == "tf32"
+            self._flags = (b.cuda.matmul.allow_tf32, b.cudnn.allow_tf32, b.cudnn.benchmark)
+            self._switch(rounded, rounded, True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self._programs.clear()
         if self._flags is not None:
-            self._tf32(*self._flags)
+            self._switch(*self._flags)
         self.on_event("engine", **self.record)
 
     @staticmethod
-    def _tf32(products: bool, convolutions: bool) -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions
+    def _switch(products: bool, convolutions: bool, timed: bool) -> None:
+        """TF32 in products and in convolutions; whether cuDNN times its kernels before it chooses one."""
+        b = torch.backends
+        b.cuda.matmul.allow_tf32, b.cudnn.allow_tf32, b.cudnn.benchmark = products, convolutions, timed
 
     def clients(self, msg: Broadcast, shards: Sequence[Shard], memory: Mapping[int, Tree]) -> Iterator[Reply]:
         there = Broadcast(moved(msg.w, self.device), moved(msg.extra, self.device))
