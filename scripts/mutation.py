@@ -6,7 +6,7 @@ import ast
 import copy
 import hashlib
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any, NamedTuple
 
 
@@ -172,7 +172,11 @@ def put(owner: Any, m: Mutant) -> None:
     if code.co_freevars == function.__code__.co_freevars:
         function.__code__ = code
         return
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))  # super() is gone
+    cells = dict(
+        zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    )  # super() is gone, or back
+    if isinstance(place, type):
+        cells.setdefault("__class__", CellType(place))
     new = FunctionType(
         code, function.__globals__, name, function.__defaults__, tuple(cells[v] for v in code.co_freevars)
     )

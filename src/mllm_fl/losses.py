@@ -66,7 +66,8 @@ def distillation(teacher_logits: Tensor, logits: Tensor, temperature: float) -> 
 
 def ensemble_kl(target: Tensor, logits: Tensor) -> Tensor:
     """Mean over rows of KL(target || softmax(logits)); ``target`` (n, C) are probabilities, zeros allowed. Shape ()."""
-    return (torch.special.xlogy(target, target) - target * F.log_softmax(logits, dim=1)).sum(1).mean()
+    rows: Tensor = (torch.special.xlogy(target, target) - target * F.log_softmax(logits, dim=1)).sum(1)
+    return rows.mean()
 
 
 def sharpened(p: Tensor, exponent: float) -> Tensor:

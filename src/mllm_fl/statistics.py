@@ -47,7 +47,8 @@ def gaussian(mean: Tensor, covariance: Tensor, count: int, generator: torch.Gene
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     root = vectors * values.clamp_min(0).sqrt()
     noise = torch.randn(count, len(mean), generator=generator, dtype=torch.float64)
-    return mean + noise @ root.T
+    draws: Tensor = mean + noise @ root.T
+    return draws
 
 
 def tau_normalised(weight: Tensor, tau: float) -> Tensor:
