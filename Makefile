@@ -41,9 +41,11 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/dev.stamp  ## the serial engine against a bare training loop, interleaved
-	@echo "== benchmark"
-	$(BIN)/python benchmarks/serial.py
+bench: .venv/dev.stamp  ## one round beside a bare loop, Flower's simulation and pfl-research (each in build/peers), then docs/engines.md
+	@echo "== benchmark: about half an hour; \`mllm-fl bench --quick\` takes two minutes"
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/mllm-fl bench --quick --profile --images 320 --out results/bench.jsonl
+	$(BIN)/python scripts/bench_table.py
 
 JOBS ?= 2
 mutants: .venv/dev.stamp  ## delete or flip each method's own terms, one at a time; resumable; writes docs/mutants.md

@@ -66,7 +66,9 @@ def unlabelled_images(config: ServerConfig, data: DataConfig, federation: Federa
     if name == "glyphs":
         count = config.unlabelled_images or 5000
         classes = len(federation.class_names)
-        images, _ = glyph_set(federation.class_names, -(-count // classes), config.seed, image_size=size, purpose="unlabelled")
+        images, _ = glyph_set(
+            federation.class_names, -(-count // classes), config.seed, image_size=size, purpose="unlabelled"
+        )
     elif name == "leftover":
         images = federation.leftover
     else:
