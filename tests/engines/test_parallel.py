@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,6 @@ from mllm_fl.trees import Tree, digest, prefixed
 
 LOCAL = LocalConfig(epochs=1, batch_size=8, lr=0.05)
 Told = list[tuple[str, dict[str, Any]]]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    """Two workers for all tests that do them no harm."""
-    pool = Pool(2)
-    yield pool
-    pool.close()
 
 
 def listening() -> tuple[Told, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 
@@ -17,7 +18,7 @@ from mllm_fl.metrics import Evaluation
 from mllm_fl.trees import Tree
 
 PATIENCE = 2.0
-"""Seconds of serial training after which workers are started; about what starting them costs."""
+"""Seconds of serial work after which workers are started; about what starting them costs."""
 
 
 class AutoEngine:
@@ -61,7 +62,10 @@ class AutoEngine:
             yield from self.parallel.clients(msg, shards[done:], memory)
 
     def evaluate(self, w: Tree, images: ImageSet) -> Evaluation:
-        return (self.parallel or self.serial).evaluate(w, images)
+        start = time.perf_counter()
+        found = (self.parallel or self.serial).evaluate(w, images)
+        self.spent += time.perf_counter() - start
+        return found
 
     def survey(self, msg: Broadcast, shards: Sequence[Shard]) -> Iterator[tuple[int, Tree]]:
         return (self.parallel or self.serial).survey(msg, shards)

@@ -1,0 +1,139 @@
+"""What was tried to make a client's step faster, measured again: the numbers of docs/engines.md, "Tried".
+
+    python benchmarks/tried.py compile | malloc | evaluation | threads   [--width 16]
+
+Processor time of one thread, medians of interleaved repetitions; synthetic images of CIFAR's shape, batch 32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from mllm_fl.algorithms.base import Task
+from mllm_fl.engines.pool import ENVIRONMENT
+from mllm_fl.models.network import ModelConfig, Network, build_network
+from mllm_fl.seeds import stream
+from mllm_fl.trees import Tree, clone, digest
+
+NAMES = tuple(map(str, range(10)))
+
+
+def stepper(
+    net: Network, precision: str = "bf16", layout: str = "channels_last", images: int = 32
+) -> Callable[[], Tree]:
+    """A call that takes one step of SGD from where the last one ended, and returns the weights."""
+    task = Task(
+        net, NAMES, (images,), 0,
+        precision="bf16" if precision == "bf16" else "fp32", channels_last=layout == "channels_last",
+    )  # fmt: skip
+    form = torch.channels_last if task.channels_last else torch.contiguous_format
+    w = {k: v.clone(memory_format=form) if v.dim() == 4 else v.clone() for k, v in net.state_dict().items()}
+    leaves = [w[k].requires_grad_(True) for k in task.trainable]
+    optimiser = torch.optim.SGD(leaves, lr=0.01)
+    x, y = torch.randn(images, 3, 32, 32, generator=stream(0, "tried")), torch.arange(images) % 10
+
+    def step() -> Tree:
+        for leaf, g in zip(leaves, torch.autograd.grad(F.cross_entropy(task.forward(w, x)[1], y), leaves), strict=True):
+            leaf.grad = g
+        optimiser.step()
+        return w
+
+    return step
+
+
+def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Milliseconds of processor time of each call, interleaved; each has been called before."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            at = time.thread_time()
+            call()
+            found[name].append(1e3 * (time.thread_time() - at))
+    return {name: round(statistics.median(v), 1) for name, v in found.items()}
+
+
+def compiled(width: int) -> dict[str, object]:
+    """Inductor's fused BatchNorm and ReLU beside eager steps; ``first``: seconds until the first compiled step is done."""
+    net = build_network(ModelConfig(width=width), 10, 0)
+    fused = copy.deepcopy(net)
+    fused.compile()
+    calls: dict[str, Callable[[], object]] = {"eager": stepper(net), "compiled": stepper(fused)}
+    at = time.process_time()
+    calls["compiled"]()
+    first = round(time.process_time() - at, 1)
+    for call in calls.values():
+        call()
+    return {"milliseconds": medians(calls, 25), "first": first}
+
+
+def malloc(width: int) -> dict[str, object]:
+    """A fresh process with glibc's defaults beside one with the workers' settings, taking turns."""
+    code = (
+        "import json; from benchmarks.tried import *; torch.set_num_threads(1); "
+        f"net = build_network(ModelConfig(width={width}), 10, 0); "
+        "calls = {'fp32 nchw': stepper(net, 'fp32', 'nchw'), 'bf16 channels_last': stepper(net)}; "
+        "[c() for c in calls.values() for _ in range(3)]; print(json.dumps(medians(calls, 20)))"
+    )
+    found: dict[str, list[dict[str, float]]] = {"default": [], "raised": []}
+    for _ in range(3):
+        for name in found:
+            env = os.environ | (ENVIRONMENT if name == "raised" else {"OMP_NUM_THREADS": "1"})
+            said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+            found[name].append(json.loads(said.stdout))
+    return {n: {k: round(statistics.median(one[k] for one in v), 1) for k in v[0]} for n, v in found.items()}
+
+
+def evaluation(width: int) -> dict[str, object]:
+    """1,000 test images in batches of several sizes."""
+    net = build_network(ModelConfig(width=width), 10, 0)
+    w, x = clone(net.state_dict()), torch.randn(1000, 3, 32, 32, generator=stream(0, "tried"))
+    found: dict[str, object] = {}
+    for precision in ("fp32", "bf16"):
+        task = Task(net, NAMES, (1,), 0, precision=precision, channels_last=precision == "bf16")  # type: ignore[arg-type]
+
+        def through(size: int, task: Task = task) -> None:
+            with torch.no_grad():
+                for part in x.split(size):
+                    task.forward(w, part, train=False)
+
+        through(100)
+        calls: dict[str, Callable[[], object]] = {str(n): lambda n=n: through(n) for n in (50, 100, 250, 500)}  # type: ignore[misc]
+        found[precision] = medians(calls, 4)
+    return found
+
+
+def threads(width: int) -> dict[str, object]:
+    """The first digits of the weights' digest after two steps, by number of threads: other threads, other bits."""
+    found: dict[str, object] = {}
+    for n in (1, 2, 4):
+        torch.set_num_threads(n)
+        step = stepper(build_network(ModelConfig(width=width), 10, 0), "fp32", "nchw")
+        step()
+        found[str(n)] = digest(step())[:8]
+    return found
+
+
+def main() -> None:
+    """Print one JSON object."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tried = {"compile": compiled, "malloc": malloc, "evaluation": evaluation, "threads": threads}
+    p.add_argument("what", choices=tried)
+    p.add_argument("--width", type=int, default=16)
+    args = p.parse_args()
+    torch.set_num_threads(1)
+    print(json.dumps({"tried": args.what, "width": args.width, **tried[args.what](args.width)}))
+
+
+if __name__ == "__main__":
+    main()
