@@ -64,7 +64,7 @@ def run_jobs(
             for job in [j for j in waiting if j.waits_for is None or j.waits_for in made][: at_a_time - len(running)]:
                 waiting.remove(job)
                 running.append(job)
-                _start(job, screen, at_a_time)
+                _start(job, screen, min(at_a_time, len(configs)))
             time.sleep(0.05)
     finally:
         for job in running:
@@ -94,8 +94,8 @@ def _plan(path: Path, configs: Sequence[Config], root: Path, rest: list[str]) ->
     return list(first.values()) + runs
 
 
-def _start(job: _Job, screen: Screen, at_a_time: int) -> None:
-    env = os.environ | {"OMP_NUM_THREADS": "1", RUNS: str(at_a_time)}  # each takes its share of the cores
+def _start(job: _Job, screen: Screen, runs: int) -> None:
+    env = os.environ | {"OMP_NUM_THREADS": "1", RUNS: str(runs)}  # each takes its share of the cores
     job.process = subprocess.Popen(
         [sys.executable, "-m", "mllm_fl.cli", *job.argv],
         stdout=subprocess.PIPE,
