@@ -20,7 +20,7 @@ import mllm_fl
 SRC = Path(__file__).resolve().parents[1] / "src" / "mllm_fl"
 
 FLOORS: dict[str, int] = {
-    **dict.fromkeys(("", "errors", "seeds", "trees", "events", "toml"), 0),
+    **dict.fromkeys(("", "atomic", "errors", "seeds", "trees", "events", "toml"), 0),
     **dict.fromkeys(("losses", "statistics", "descent", "matching", "metrics", "data", "models"), 1),
     **dict.fromkeys(("algorithms", "annotate"), 2),
     **dict.fromkeys(("engines",), 3),

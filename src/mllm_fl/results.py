@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_fl.engines.checkpoint import write_atomic
+from mllm_fl.atomic import write_atomic
 from mllm_fl.errors import UserError
 from mllm_fl.runs import read_json, read_rows
 

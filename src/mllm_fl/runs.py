@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mllm_fl.engines.checkpoint import write_atomic
+from mllm_fl.atomic import write_atomic
 from mllm_fl.errors import UserError
 from mllm_fl.toml import dumps, flatten, read_toml
 
@@ -159,8 +159,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
+    lines = path.read_bytes().splitlines()
+    try:  # all at once: half the time of line by line
+        rows = list(json.loads(b"[" + b",".join(lines) + b"]"))
+        if len(rows) == len(lines):
+            return rows
+    except ValueError:
+        pass
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except ValueError as e:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mllm_fl.engines.checkpoint import write_atomic
+from mllm_fl.atomic import write_atomic
 from mllm_fl.errors import UserError
 from mllm_fl.runs import read_json
 from mllm_fl.toml import flatten, read_toml

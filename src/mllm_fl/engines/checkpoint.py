@@ -7,34 +7,17 @@ JSON carries the digest of the tensors, so that a damaged file is refused instea
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from mllm_fl.atomic import write_atomic
 from mllm_fl.errors import UserError
 from mllm_fl.trees import Tree, digest
 
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds either its old content or all of the new one, whatever happens."""
-    tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(tmp, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except OSError:
-        tmp.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+__all__ = ["fit", "load_checkpoint", "save_checkpoint", "write_atomic"]
 
 
 def save_checkpoint(path: Path, tensors: Tree, record: dict[str, Any]) -> None:

@@ -10,14 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 
 from mllm_fl import __version__
-from mllm_fl.engines.checkpoint import write_atomic
+from mllm_fl.atomic import write_atomic
 from mllm_fl.errors import UserError
 from mllm_fl.report import context, results
 from mllm_fl.report.costs import costs
 from mllm_fl.report.html import Markup, escape, join, tag
 from mllm_fl.report.measures import measures
 from mllm_fl.report.reading import Found, read
-from mllm_fl.report.samples import samples
 from mllm_fl.report.summary import lead
 from mllm_fl.report.timeline import timeline
 
@@ -49,7 +48,7 @@ def page(found: Found, title: str, corpus: Path | None) -> str:
         results.by_frequency(found),
         results.confusions(found),
         context.holdings(found),
-        samples(corpus) if corpus is not None else Markup(""),
+        _samples(corpus) if corpus is not None else Markup(""),
         timeline(found),
         costs(found),
         context.differences(found),
@@ -67,6 +66,13 @@ def page(found: Found, title: str, corpus: Path | None) -> str:
 def frame(title: str, body: Sequence[object]) -> str:
     """A whole document around the body's parts, with style and script inside it."""
     return f'<!doctype html>\n<html lang="en">\n{_head(title)}\n<body>\n{join(body)}\n<script>{_asset("page.js")}</script>\n</body>\n</html>\n'
+
+
+def _samples(corpus: Path) -> Markup:
+    """The annotated images; what reads a corpus is imported only where there is one, for it takes torch with it."""
+    from mllm_fl.report.samples import samples
+
+    return samples(corpus)
 
 
 def _contents(parts: Sequence[Markup]) -> Markup:
