@@ -53,17 +53,13 @@ def hooked(teacher: LlavaTeacher, student: Tensor, alpha: float, x: Tensor) -> T
     """The reference: plain LLaVA with the hook on the projector's input."""
     ids, mask, labels = batch(teacher)
     with blended(teacher, alpha, student):
-        loss: Tensor = teacher.model(
-            input_ids=ids, pixel_values=teacher.prepare(x), attention_mask=mask, labels=labels
-        ).loss
+        loss: Tensor = teacher.model(input_ids=ids, **teacher.pictures(x), attention_mask=mask, labels=labels).loss
     return loss
 
 
 def plain(teacher: LlavaTeacher, x: Tensor) -> Tensor:
     ids, mask, labels = batch(teacher)
-    loss: Tensor = teacher.model(
-        input_ids=ids, pixel_values=teacher.prepare(x), attention_mask=mask, labels=labels
-    ).loss
+    loss: Tensor = teacher.model(input_ids=ids, **teacher.pictures(x), attention_mask=mask, labels=labels).loss
     return loss
 
 
@@ -221,7 +217,7 @@ def test_what_is_no_llava_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model folder"):
         load_llava(str(tmp_path / "absent"))
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
-    with pytest.raises(UserError, match="'qwen3_vl' is not supported; supported: llava"):
+    with pytest.raises(UserError, match="'qwen3_vl' is not supported: .*deepstack.*; supported: llava"):
         load_llava(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be loaded"):

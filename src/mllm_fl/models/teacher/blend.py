@@ -1,7 +1,7 @@
 """Dynamic weighted pretraining inside a frozen LLaVA: Z_v = (1 - alpha) g(X) + alpha g_fl(X) (arXiv:2409.06067, eq. 2).
 
-Two forms of the same sum. ``blended`` hooks the projector's input and leaves the rest of the model as it is: the reference.
-``lm_loss`` computes the same loss from features g(X) that were computed before, or from none when alpha = 1.
+Two forms of the same sum. ``blended`` hooks the projector's input and leaves the rest of the model as it is: the reference, for every family.
+``lm_loss`` computes the same loss from features g(X) that were computed before, or from none when alpha = 1, where the family allows it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_fl.errors import UserError
+from mllm_fl.models.teacher.families import marks
 from mllm_fl.models.teacher.llava import LlavaTeacher
 
 
@@ -35,7 +37,8 @@ def blend(z: Tensor, student: Tensor, alpha: float) -> Tensor:
 
 @contextmanager
 def blended(teacher: LlavaTeacher, alpha: float, student: Tensor) -> Iterator[None]:
-    """Inside, the projector of ``teacher`` sees the blend of its own input and ``student`` (n, grid * grid, width)."""
+    """Inside, the projector of ``teacher`` sees the blend of its own input and ``student`` (n, grid * grid, width), row by row."""
+    student = teacher.family.pack(student, teacher.config, teacher.place)
 
     def hook(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (blend(args[0], student, alpha), *args[1:])
@@ -47,25 +50,62 @@ def blended(teacher: LlavaTeacher, alpha: float, student: Tensor) -> Iterator[No
         handle.remove()
 
 
-def lm_loss(
-    teacher: LlavaTeacher, ids: Tensor, mask: Tensor, labels: Tensor, student: Tensor, alpha: float, z: Tensor | None
-) -> Tensor:
-    """LLaVA's language-modelling loss with eq. (2) at the projector's input. Shape ().
+def token_loss(logits: Tensor, labels: Tensor, count: int | None = None) -> Tensor:
+    """Cross-entropy of each next token, summed and divided by ``count``; absent: by how many are predicted here, their mean. Shape ().
 
-    ``ids``, ``mask``, ``labels``: (n, t), right-padded, label -100 where nothing is predicted. ``z``: g(X), not needed at alpha = 1.
-    Logits are formed only from the first predicted position on: the same loss, without those of the image tokens.
+    ``logits`` (n, t, V) and ``labels`` (n, t) at the same positions; label -100 is not predicted. ``count`` makes parts of a batch add up.
     """
-    if alpha != 1 and z is None:
-        raise ValueError("lm_loss: alpha != 1 needs the features of CLIP")
-    mixed = student if z is None else blend(z, student, alpha)  # eq. (2)
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
+    flat = logits.float().flatten(0, 1)
+    if count is None:
+        return F.cross_entropy(flat, shifted)
+    return F.cross_entropy(flat, shifted, reduction="sum") / count
+
+
+def lm_loss(
+    teacher: LlavaTeacher,
+    ids: Tensor,
+    mask: Tensor,
+    labels: Tensor,
+    student: Tensor,
+    alpha: float,
+    z: Tensor | None = None,
+    *,
+    images: Tensor | None = None,
+    count: int | None = None,
+) -> Tensor:
+    """The model's language-modelling loss with eq. (2) at the projector's input. Shape ().
+
+    ``ids``, ``mask``, ``labels``: (n, t), right-padded, label -100 where nothing is predicted. ``student``: (n, grid * grid, width), row by row.
+    ``z``: g(X), where it was computed before; ``images``: uint8 (n, 3, h, h), where it was not. At alpha = 1 neither is needed if the
+    family is ``direct``, and CLIP is not run. Logits are formed only from the first predicted position on: the same loss, without
+    those of the image tokens. ``count``: see :func:`token_loss`.
+    """
+    family = teacher.family
     first = int((labels != -100).any(0).nonzero()[0])
-    keep = torch.arange(max(first - 1, 0), ids.shape[1])
-    out = teacher.model(
-        inputs_embeds=teacher.embeddings(ids, mixed),
-        attention_mask=mask,
-        labels=labels[:, keep],
-        logits_to_keep=keep,
-        use_cache=False,
-    )
-    loss: Tensor = out.loss
-    return loss
+    keep = torch.arange(max(first - 1, 0), ids.shape[1], device=ids.device)
+    asked: dict[str, Any] = {"attention_mask": mask, "logits_to_keep": keep, "use_cache": False}
+    asked |= marks(family.types, ids, labels, teacher.image_token)
+    by_hand = teacher.config.model_type == "llava"
+    if family.direct and (teacher.takes_features or by_hand) and (alpha == 1 or z is not None):
+        packed = family.pack(student, teacher.config, teacher.place)
+        mixed = packed if z is None else blend(z, packed, alpha)  # eq. (2)
+        if teacher.takes_features:
+            asked |= {"input_ids": ids, "mm_encoder_outputs": {"image": _encoded(teacher, mixed)}}
+        else:
+            asked["inputs_embeds"] = teacher.embeddings(ids, mixed)
+        logits = teacher.model(**asked).logits
+    else:
+        if images is None:
+            raise ValueError("lm_loss: alpha != 1 needs the features of CLIP, or the pictures")
+        with blended(teacher, alpha, student):
+            logits = teacher.model(input_ids=ids, **teacher.pictures(images), **asked).logits
+    return token_loss(logits, labels[:, keep], count)
+
+
+def _encoded(teacher: LlavaTeacher, z: Tensor) -> Any:
+    """W Z_v (eq. 1) in the form in which the model hands its own image features on."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    h = teacher.projector(z)
+    return BaseModelOutputWithPooling(pooler_output=list(h) if teacher.family.listed else h)

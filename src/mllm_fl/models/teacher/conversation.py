@@ -1,6 +1,7 @@
 """A picture's conversation as token ids and labels: only what the model says is predicted, never a question, never a picture.
 
-The form is that of LLaVA-1.5 (Vicuna v1): ``USER: <image>\\n{question} ASSISTANT: {answer}</s>USER: ...``, one sequence for all turns.
+The form is the teacher's own, for LLaVA-1.5 that of Vicuna v1: ``USER: <image>\\n{question} ASSISTANT: {answer}</s>USER: ...``, one sequence
+for all turns; or, as in LLaVA's own first stage, the plain one: the picture, then what is said about it, without questions or roles.
 Which tokens are predicted follows from the character positions of the answers, so that no tokenizer's habits at the seams matter. A token
 without characters of its own (a word mark, a byte of a letter) is predicted where an answer begins or goes on, not where it has ended.
 """
@@ -9,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mllm_fl.errors import UserError
-from mllm_fl.models.teacher.llava import LlavaTeacher
+from mllm_fl.models.teacher.llava import Blueprint
 
 IGNORED = -100
 
@@ -33,7 +34,13 @@ class Sample:
         return int((self.labels != IGNORED).sum())
 
 
-def encode(teacher: LlavaTeacher, turns: Sequence[tuple[str, str]], max_tokens: int, place: str) -> Sample:
+def encode(
+    teacher: Blueprint,
+    turns: Sequence[tuple[str, str]],
+    max_tokens: int,
+    place: str,
+    form: Literal["chat", "plain"] = "chat",
+) -> Sample:
     """The sample of a conversation of (question, answer) turns; the first question holds ``<image>``. Cut at ``max_tokens``.
 
     Raises:
@@ -42,20 +49,23 @@ def encode(teacher: LlavaTeacher, turns: Sequence[tuple[str, str]], max_tokens: 
     """
     _refuse_special(teacher, turns, place)
     tokenizer = teacher.processor.tokenizer
-    picture = teacher.processor.image_token
-    text, spans = "", []
-    for question, answer in turns:
-        text += f"USER: {question.replace('<image>', picture * teacher.grid**2)} ASSISTANT:"
-        begin = len(text)
-        text += f" {answer}{tokenizer.eos_token}"
-        spans.append((begin, len(text)))
     if not tokenizer.is_fast:
         raise UserError(
             teacher.name,
             "its tokenizer tells no character positions (a slow tokenizer)",
             "save it with a tokenizer.json",
         )
-    out = tokenizer(text, return_offsets_mapping=True)
+    picture, (before, between, after) = teacher.picture, teacher.family.roles
+    end = after.format(eos=tokenizer.eos_token)
+    lead = " " if between.endswith(":") else ""
+    text, spans = picture if form == "plain" else "", []
+    for question, answer in turns:
+        text += f"{before}{question.replace('<image>', picture)}{between}" if form == "chat" else ""
+        begin = len(text)
+        text += f"{lead}{answer}{end}"
+        spans.append((begin, len(text.rstrip("\n"))))
+    begins = teacher.family.types != "prefix"  # there the start token stands behind the picture
+    out = tokenizer(text, return_offsets_mapping=True, add_special_tokens=begins)
     ids = torch.tensor(out["input_ids"][:max_tokens])
     said = [any(a <= start < b and end <= b for a, b in spans) for start, end in out["offset_mapping"]]
     labels = torch.where(torch.tensor(said[:max_tokens]), ids, IGNORED)
@@ -64,8 +74,8 @@ def encode(teacher: LlavaTeacher, turns: Sequence[tuple[str, str]], max_tokens: 
     return sample
 
 
-def _refuse_special(teacher: LlavaTeacher, turns: Sequence[tuple[str, str]], place: str) -> None:
-    special = dict.fromkeys([*teacher.processor.tokenizer.all_special_tokens, teacher.processor.image_token])
+def _refuse_special(teacher: Blueprint, turns: Sequence[tuple[str, str]], place: str) -> None:
+    special = dict.fromkeys([*teacher.processor.tokenizer.all_special_tokens, teacher.placeholder])
     for i, (question, answer) in enumerate(turns):
         for who, text in (("question", question.replace("<image>", "", int(i == 0))), ("answer", answer)):
             found = next((s for s in special if s in text), None)
@@ -77,12 +87,12 @@ def _refuse_special(teacher: LlavaTeacher, turns: Sequence[tuple[str, str]], pla
                 )
 
 
-def check(teacher: LlavaTeacher, sample: Sample, place: str) -> None:
+def check(teacher: Blueprint, sample: Sample, place: str) -> None:
     """Refuse a sample that would train nothing or the wrong thing; see :func:`encode`."""
     pictures = sample.ids == teacher.image_token
-    if int(pictures.sum()) != teacher.grid**2:
+    if int(pictures.sum()) != teacher.place.tokens:
         raise UserError(
-            place, f"its text holds {int(pictures.sum())} image tokens, the teacher gives {teacher.grid**2} features",
+            place, f"its text holds {int(pictures.sum())} image tokens, the teacher gives {teacher.place.tokens} features",
             "raise pretrain.max_tokens, and keep one <image> in the first question",
         )  # fmt: skip
     if bool((sample.labels[pictures] != IGNORED).any()):
@@ -104,7 +114,7 @@ def collate(samples: Sequence[Sample], padding: int) -> tuple[Tensor, Tensor, Te
     return ids, mask, labels
 
 
-def shown(teacher: LlavaTeacher, sample: Sample) -> dict[str, Any]:
+def shown(teacher: Blueprint, sample: Sample) -> dict[str, Any]:
     """A sample for human eyes: what is given, what is to be predicted, as text; the picture's tokens as their number."""
     tokenizer = teacher.processor.tokenizer
     text = sample.ids != teacher.image_token
