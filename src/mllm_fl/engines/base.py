@@ -73,6 +73,9 @@ def open_engine(
 
     Precision and layout are the task's (:func:`mllm_fl.engines.probe.chosen` decides them before the task is made).
     """
+    if config.name == "flower":
+        way_out = "start them: `mllm-fl deploy up --local --nodes 3 CONFIG` (docs/deploy.md)"
+        raise UserError("federate.engine.name", "'flower' trains on other machines", way_out)
     if config.name == "batched":
         from mllm_fl.engines.batched import BatchedEngine
 

@@ -14,6 +14,7 @@ class EngineConfig:
 
     ``name``: "serial" (one client after another, the reference), "parallel" (a worker process per core; the same bits), "batched" (all
     clients of a round as one tensor program, for a GPU), or "auto": parallel where the work is worth starting processes, else serial.
+    "flower" is what `mllm-fl deploy` runs on other machines.
     ``workers``: of the parallel engine; absent means all usable cores, shared between the runs of ``--jobs``.
     ``precision``: "fp32", or "bf16" for forward and backward passes under autocast (weights and sums stay float32). ``layout``: how
     images lie in memory. "auto" is what a short probe of this chip found fastest (fp32 and nchw for the batched engine); a run's
@@ -21,7 +22,7 @@ class EngineConfig:
     "auto" takes CUDA where there is one. There precision "tf32" rounds the factors of float32 products to 10 bits (on a CPU it is fp32).
     """
 
-    name: Literal["auto", "parallel", "serial", "batched"] = "auto"
+    name: Literal["auto", "parallel", "serial", "batched", "flower"] = "auto"
     workers: int | None = None
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     layout: Literal["auto", "nchw", "channels_last"] = "auto"
@@ -29,7 +30,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for key, known in (
-            ("name", ("auto", "parallel", "serial", "batched")),
+            ("name", ("auto", "parallel", "serial", "batched", "flower")),
             ("precision", ("auto", "fp32", "tf32", "bf16")),
             ("layout", ("auto", "nchw", "channels_last")),
             ("device", ("auto", "cpu", "cuda")),

@@ -7,7 +7,7 @@ what they depend on, beside the runs that use them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mllm_fl.data.images import ImageSet
 from mllm_fl.data.longtail import groups
 from mllm_fl.data.manifest import load as load_manifest
 from mllm_fl.data.manifest import save as save_manifest
-from mllm_fl.engines.base import open_engine
+from mllm_fl.engines.base import Engine, open_engine
 from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
 from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.device import described
@@ -116,6 +116,12 @@ def federation_of(config: Config) -> Federation:
     return _federations[key]
 
 
+def adopt(config: Config, federation: Federation) -> None:
+    """Use this federation for the configuration's [data] from now on: the clients' images are elsewhere and cannot be built from it."""
+    _federations.clear()
+    _federations[config_hash(to_dict(config.data))] = federation
+
+
 def open_leaks(config: Config, root: Path, test: frozenset[str]) -> int:
     """How many open images are test images: of the source, or of the finished corpus when the source is gone."""
     if config.annotate is None:
@@ -173,8 +179,17 @@ def task_of(config: Config, federation: Federation, network: Network, engine: En
     )  # fmt: skip
 
 
-def run(config: Config, root: Path, *, progress: Progress = silent, command: str = "") -> dict[str, Any]:
+def run(
+    config: Config,
+    root: Path,
+    *,
+    progress: Progress = silent,
+    command: str = "",
+    opened: Callable[..., Engine] | None = None,
+) -> dict[str, Any]:
     """All stages of one configuration; returns final.json's content, from the folder when the run is already finished.
+
+    ``opened``: makes the engine in place of :func:`open_engine`, for clients that are on other machines and see their images and teacher there.
 
     Raises:
         UserError: bad input of any kind; test images in D_align beyond ``data.leaks_declared``.
@@ -207,12 +222,12 @@ def run(config: Config, root: Path, *, progress: Progress = silent, command: str
         if aligned_on is not None:
             progress(Event("prepare", 1, 1, f"{len(aligned_on)} alignment images"))
         teacher = None
-        if "teacher" in config.federate.method.needs:
+        if "teacher" in config.federate.method.needs and opened is None:
             progress(Event("prepare", 0, 1, "the teacher's logits on the clients' images"))
             teacher = clients_logits(config.teacher, federation, root / config.experiment / "logits")
         _begin(folder, federation, settled, command)
         found_groups, fed = groups(federation.class_counts), config.federate
-        with open_engine(settled, task, fed.method, fed.local, config.model.batch_norm, folder.event) as engine:
+        with (opened or open_engine)(settled, task, fed.method, fed.local, config.model.batch_norm, folder.event) as engine:
             state = federate(
                 fed, task, federation, w, folder,
                 batch_norm=config.model.batch_norm, aligner=aligner, teacher=teacher, progress=progress, engine=engine,

@@ -288,6 +288,7 @@ def _round(
     else:
         row |= dict.fromkeys(SCORES)
     ok = [r for r in rows if r["status"] == "ok"]
+    missing = getattr(engine, "dropped", {})  # of an engine whose clients may not answer
     row |= {
         "train_loss": sum(r["loss"] * r["weight"] for r in ok if r["loss"] is not None) / sum(r["weight"] for r in ok)
         if ok
@@ -295,6 +296,7 @@ def _round(
         "bytes_up": sum(r["bytes_up"] for r in rows),
         "bytes_down": sum(r["bytes_down"] for r in rows),
         "rejected": len(rows) - len(ok),
+        **({"dropped": {str(k): why for k, why in sorted(missing.items())}} if missing else {}),
         "accuracy_before_align": before.get("accuracy"),
         "align_loss": align_loss,
     }
