@@ -25,7 +25,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("algorithms", "annotate"), 2),
     **dict.fromkeys(("engines",), 3),
     **dict.fromkeys(("stages", "config", "runs", "results", "conformance"), 4),
-    **dict.fromkeys(("report", "jobs", "console", "overrides", "trackers"), 5),
+    **dict.fromkeys(("report", "jobs", "console", "overrides", "trackers", "deployment"), 5),
     **dict.fromkeys(("cli", "commands"), 6),
 }
 EXCEPTIONS = {("runs", "environment", "transformers")}  # (module, function, library): it reads a version

@@ -40,9 +40,9 @@ def summary(federation: Federation) -> dict[str, Any]:
             {
                 "size": len(indices),
                 "sha256": digest,
-                "histogram": np.bincount(federation.train.labels[list(indices)], minlength=classes).tolist(),
+                "histogram": federation.histogram(k),
             }
-            for indices, digest in zip(manifest.listed, manifest.client_sha256, strict=True)
+            for k, (indices, digest) in enumerate(zip(manifest.listed, manifest.client_sha256, strict=True))
         ],
     }
 

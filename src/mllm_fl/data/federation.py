@@ -53,6 +53,11 @@ class Federation:
         """The images of client k."""
         return self.train.subset(self.manifest.clients[k], f"{self.train.name} client {k}")
 
+    def histogram(self, k: int) -> list[int]:
+        """Images of each class that client k holds."""
+        held = self.train.labels[list(self.manifest.clients[k])]
+        return [int(n) for n in np.bincount(held, minlength=len(self.class_names))]
+
     @cached_property
     def subset(self) -> ImageSet:
         """The long-tailed training images: those of all clients together, in ascending order."""

@@ -80,6 +80,8 @@ def groups(class_counts: Sequence[int], rule: str = "auto") -> Groups:
     groups is empty, else thirds. The returned ``rule`` is recorded with every result that uses the groups.
     """
     counts = list(class_counts)
+    if not any(counts):  # sites that share no label histograms
+        return Groups("unknown: nobody says how many training images a class has", (), (), ())
     if rule not in ("auto", "official", "thirds"):
         raise UserError("groups", f"unknown rule {rule!r}", "use 'auto', 'official' or 'thirds'")
     if rule != "thirds":

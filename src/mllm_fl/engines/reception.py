@@ -72,6 +72,11 @@ class Reception:
         """The site's name for records; the node's number where it has none."""
         return self.admitted.get(node) or next((s.name for s in self.sites if s.node == node), f"node {node}")
 
+    def client(self, node: int) -> int:
+        """The first client of the site that this node speaks for."""
+        names = [s.name for s in self.sites]
+        return names.index(self.site(node)) if self.site(node) in names else 0
+
     def admit(self, node: int, said: Mapping[str, Any]) -> str:
         """Why this node may not take part, or "" and it does."""
         problem = self._why_not(node, said)

@@ -55,6 +55,7 @@ class RemoteEngine:
     """See :class:`mllm_fl.engines.base.Engine`.
 
     Args:
+        task: what is learned; None for an engine that only greets.
         common: facts that every message carries: the configuration, and what a node needs to make its task.
         checkpoint_every: rounds between the server's checkpoints; nodes keep what they remembered since the last one.
         on_state: told what is going on, for ``mllm-fl deploy status``.
@@ -64,7 +65,7 @@ class RemoteEngine:
         self,
         link: Link,
         reception: Reception,
-        task: Task,
+        task: Task | None,
         common: Mapping[str, Any],
         schedule: Schedule | None = None,
         checkpoint_every: int = 1,
@@ -87,6 +88,7 @@ class RemoteEngine:
         torch.set_num_threads(self._threads)
 
     def evaluate(self, w: Tree, images: ImageSet) -> Evaluation:
+        assert self.task is not None
         return evaluate(self.task, w, images)
 
     def gather(self) -> None:
@@ -119,7 +121,9 @@ class RemoteEngine:
         if not unknown:
             return
         facts = self.common | {"classes": list(self.reception.class_names), "images": self.reception.images}
-        for node, parcel, problem in self._exchange("hello", dict.fromkeys(unknown, facts), _packed({}), 0):
+        for node, parcel, problem in self._exchange(
+            "hello", {n: facts | {"client": self.reception.client(n)} for n in unknown}, _packed({}), 0
+        ):
             if parcel is None:
                 self.on_event("no greeting", node=str(node), site=self.reception.site(node), reason=problem)
                 continue
@@ -149,7 +153,7 @@ class RemoteEngine:
 
     def survey(self, msg: Broadcast, shards: Sequence[Shard]) -> Iterator[tuple[int, Tree]]:
         answers: dict[int, Tree] = {}
-        for node, mine, parcel, problem in self._ask("survey", msg, shards, {}):
+        for _node, mine, parcel, problem in self._ask("survey", msg, shards, {}):
             for shard in mine:
                 if parcel is None:
                     self.dropped[shard.client] = problem
@@ -212,6 +216,7 @@ class RemoteEngine:
         asked = {
             node: self.common
             | {
+                "client": self.reception.client(node),
                 "round": t,
                 "seed": mine[0].seed,
                 "clients": [s.client for s in mine],
