@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from mllm_fl.data.augment import augment
+from mllm_fl.data.check import pixel_hashes
 from mllm_fl.data.config import DataConfig
 from mllm_fl.data.federation import Federation, build
 from mllm_fl.data.images import ImageSet
@@ -27,17 +28,24 @@ from mllm_fl.models.bridge import bridge_torchvision
 from mllm_fl.models.teacher.clip import load_clip
 from mllm_fl.models.teacher.recipe import learning_rate
 from mllm_fl.seeds import seed_of, stream
+from mllm_fl.stages.align import AlignConfig
+from mllm_fl.stages.alignment_images import alignment_set
 
 PROMPT = "a photo of a {}"
 DATA = DataConfig(source="cifar10", imbalance_factor=100, partition="creff", alpha=0.5, clients=20)
 
 
-def pictures(federation: Federation) -> ImageSet:
-    """All images that no client holds, and the held ones of classes that have none left."""
+def pictures(federation: Federation, apart: bool = False) -> ImageSet:
+    """All images that no client holds, and the held ones of classes that have none left; ``apart``: none of stage 3's D_align by default."""
     free = set(range(len(federation.train))) - {i for client in federation.clients for i in client}
     without = set(range(len(federation.class_names))) - {int(federation.train.labels[i]) for i in free}
     held = {i for i, y in enumerate(federation.train.labels.tolist()) if y in without}
-    return federation.train.subset(sorted(free | held), "outside the long tail")
+    images = federation.train.subset(sorted(free | held), "outside the long tail")
+    if not apart:
+        return images
+    taken = set(pixel_hashes(alignment_set(AlignConfig(), federation, DATA)))
+    kept = [i for i, h in enumerate(pixel_hashes(images)) if h not in taken]
+    return images.subset(kept, "outside the long tail and D_align")
 
 
 def make_tokenizer(names: tuple[str, ...]) -> Any:
@@ -121,11 +129,14 @@ def main() -> None:
     p.add_argument("--width", type=int, default=128)
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--apart", action="store_true", help="leave out the images that experiments/alignment_r.toml aligns on"
+    )
     args = p.parse_args()
     torch.set_num_threads(1)
     bridge_torchvision()
     federation = build(DATA)
-    images = pictures(federation)
+    images = pictures(federation, args.apart)
     started = time.perf_counter()
     for part in train(images, args.epochs, args.width, args.layers, args.seed):
         part.save_pretrained(args.out)
@@ -134,7 +145,7 @@ def main() -> None:
     test = federation.test
     right = clip.zero_shot(test.read(range(len(test))), test.class_names).argmax(1) == torch.from_numpy(test.labels)
     card = {
-        "trained on": f"{len(images)} CIFAR-10 training images outside the long tail, and the held airplanes",
+        "trained on": f"{len(images)} CIFAR-10 training images {images.name}, and the held airplanes",
         "class counts": images.class_counts(), "zero-shot accuracy on the test images": round(float(right.float().mean()), 4),
         "epochs": args.epochs, "seed": args.seed, "seconds": round(seconds), "fingerprint": clip.fingerprint, "torch": torch.__version__,
     }  # fmt: skip

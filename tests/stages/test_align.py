@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from mllm_fl.data.check import leaks, pixel_hashes, prints
 from mllm_fl.data.config import DataConfig
 from mllm_fl.data.federation import Federation, build
 from mllm_fl.data.glyphs import DIGITS, LETTERS, glyph_set, render_glyphs
+from mllm_fl.data.images import ImageSet
 from mllm_fl.data.longtail import groups
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.engines.local import LocalConfig, train_client
@@ -27,7 +28,8 @@ from mllm_fl.errors import UserError
 from mllm_fl.losses import kl
 from mllm_fl.runs import RunFolder, read_rows
 from mllm_fl.seeds import stream
-from mllm_fl.stages.align import AlignConfig, alignment_set, balanced, leftovers, make_aligner
+from mllm_fl.stages.align import AlignConfig, delivered, make_aligner
+from mllm_fl.stages.alignment_images import alignment_set, balanced, leftovers
 from mllm_fl.stages.federate import FederateConfig, federate, outcome
 from mllm_fl.stages.server import ServerConfig, unlabelled_images
 from mllm_fl.trees import Tree, digest, weighted_mean
@@ -46,7 +48,7 @@ def test_one_step_by_hand() -> None:
     y = torch.from_numpy(images.labels)
     q = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)) + knowing(y)
     config = dataclasses.replace(CONFIG, steps=1, batch_size=12, beta=0.7)
-    aligned, loss = make_aligner(config, images, lambda x: q)(task, w, 1)
+    aligned, loss = make_aligner(config, images, lambda _: q)(task, w, 1)
     leaves = {k: v.clone().requires_grad_(k in task.trainable) for k, v in w.items()}
     logits = task.forward(leaves, images.normalised(range(12)), train=False)[1]
     p, t = logits.log_softmax(1), q.log_softmax(1)
@@ -89,7 +91,7 @@ def test_beta_zero_does_not_ask_the_teacher() -> None:
     fed = toy.federation()
     images = balanced(fed.train, 4, stream(0, "x"))
 
-    def teacher(x: torch.Tensor) -> torch.Tensor:
+    def teacher(images: ImageSet) -> torch.Tensor:
         raise AssertionError("asked")
 
     make_aligner(dataclasses.replace(CONFIG, beta=0.0), images, teacher)
@@ -98,7 +100,7 @@ def test_beta_zero_does_not_ask_the_teacher() -> None:
 def test_a_teacher_below_twice_chance_is_refused() -> None:
     images = balanced(toy.federation().train, 4, stream(0, "x"))
     with pytest.raises(UserError, match=r"zero-shot accuracy on the alignment images is 0.0%, below 2 x chance"):
-        make_aligner(CONFIG, images, lambda x: knowing((torch.from_numpy(images.labels) + 1) % 3))
+        make_aligner(CONFIG, images, lambda _: knowing((torch.from_numpy(images.labels) + 1) % 3))
 
 
 def test_balanced_draws_per_class_or_names_the_class_that_lacks_images() -> None:
@@ -142,7 +144,7 @@ def test_the_default_is_a_thousand_images_in_all_and_at_least_one_a_class(monkey
         asked.append(per_class)
         return toy.federation().train, []
 
-    monkeypatch.setattr("mllm_fl.stages.align.glyph_set", note)
+    monkeypatch.setattr("mllm_fl.stages.alignment_images.glyph_set", note)
     fed = toy.federation()
     for classes in (10, 100, 1000, 1203):
         names = tuple(map(str, range(classes)))
@@ -227,7 +229,7 @@ def test_the_temperature_reaches_both_softmaxes() -> None:
     images = balanced(fed.train, 4, stream(0, "x"))
     y = torch.from_numpy(images.labels)
     config = dataclasses.replace(CONFIG, steps=1, batch_size=12, temperature=2.0)
-    _, loss = make_aligner(config, images, lambda x: knowing(y))(task, w, 1)
+    _, loss = make_aligner(config, images, lambda _: knowing(y))(task, w, 1)
     out = task.forward(w, images.normalised(range(12)), train=False)[1]
     t, p = (knowing(y) / 2).log_softmax(1), (out / 2).log_softmax(1)
     assert loss == pytest.approx(
@@ -271,13 +273,13 @@ def test_after_every_aggregation_or_once_at_the_end(tmp_path: Path) -> None:
     task, w = toy.task(fed)
     config = FederateConfig(rounds=3, clients_per_round=2, local=LocalConfig(epochs=1, augment="none"))
     images = balanced(fed.train, 4, stream(0, "x"))
-    for when, expected in (("every-round", [True, True, True]), ("end", [False, False, True])):
+    for when, expected in (("every-round", [True, True, True]), ("end", [False, False, False])):
         aligner = make_aligner(dataclasses.replace(CONFIG, when=when), images, None)  # type: ignore[arg-type]
         with RunFolder(tmp_path / when, {}) as run:
             federate(config, task, fed, w, run, aligner=aligner)
             rows = read_rows(run.path / "rounds.jsonl")
         assert [r["align_loss"] is not None for r in rows] == expected
-        assert rows[-1]["accuracy_before_align"] is not None
+        assert (rows[-1]["accuracy_before_align"] is not None) == (when == "every-round")
 
 
 def test_aligned_once_the_curve_stays_unaligned_and_the_last_number_stands_apart(tmp_path: Path) -> None:
@@ -296,7 +298,8 @@ def test_aligned_once_the_curve_stays_unaligned_and_the_last_number_stands_apart
     keys = ("accuracy", "class_weighted", "per_class", "many", "medium", "few")
     assert [[r[k] for k in keys] for r in rows] == [[r[k] for k in keys] for r in plain]
     assert final["curve"] == "unaligned"
-    assert final["last"]["accuracy"] == evaluate(task, state.w, fed.test).scores(None)["accuracy"]
+    assert digest(state.w) != final["weights_sha256"] == digest(aligner(task, state.w, 3)[0])
+    assert final["last"]["accuracy"] == evaluate(task, aligner(task, state.w, 3)[0], fed.test).scores(None)["accuracy"]
     assert final["accuracy_before_align"] == rows[-1]["accuracy"] != final["last"]["accuracy"]
     assert final["mean_last"]["mean"] == (plain[-1]["accuracy"] + plain[-2]["accuracy"]) / 2
     assert (final["mean_last"]["rounds"], final["mean_last"]["n"]) == (2, 2)
@@ -313,23 +316,76 @@ class OwnHead(FedAvg):
         return s.w | s.extra
 
 
-def test_what_is_aligned_is_w_and_what_is_shipped_otherwise_is_named(tmp_path: Path) -> None:
+def test_leaves_that_a_method_deploys_otherwise_are_aligned_on_the_aligned_rest_and_not_fed_back(
+    tmp_path: Path,
+) -> None:
     fed = toy.federation()
+    task, w = toy.task(fed)
+    config = FederateConfig(rounds=2, clients_per_round=2, local=LocalConfig(epochs=1, augment="none"))
+    aligner = make_aligner(CONFIG, balanced(fed.train, 4, stream(0, "x")), None)
+    broadcast = {}
+    for method, otherwise in ((FedAvg(), []), (OwnHead(), list(task.head))):
+        asked = dataclasses.replace(config, method=method)
+        with RunFolder(tmp_path / type(method).__name__, {}) as run:
+            state = federate(asked, task, fed, w, run, aligner=aligner)
+            final = outcome(asked, task, state, fed.test, groups([20] * 3), run, aligner)
+            row = read_rows(run.path / "rounds.jsonl")[-1]
+        assert final["deployed_otherwise"] == otherwise and final["curve"] == "aligned"
+        broadcast[type(method).__name__] = digest(state.w)
+        shipped = delivered(method, task, state, aligner)
+        assert final["weights_sha256"] == digest(shipped)
+        assert (
+            row["accuracy"] == final["last"]["accuracy"] == evaluate(task, shipped, fed.test).scores(None)["accuracy"]
+        )
+        for k in task.trainable:  # the rest is the broadcast one; the method's own head has moved by its own steps
+            assert torch.equal(shipped[k], state.w[k]) == (k not in otherwise), k
+    plain = method.deploy(task, state)
+    assert digest(shipped) == digest(aligner(task, plain, 2, task.head)[0])
+    assert all(bool((plain[k] == 0.25).all()) and not bool((shipped[k] == 0.25).any()) for k in task.head)
+    assert broadcast["OwnHead"] == broadcast["FedAvg"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated(FedAvg):
+    """Like CCVR, it changes the head after the last aggregation."""
+
+    concludes: ClassVar[bool] = True
+
+    def conclude(self, task: Task, s: Server, answers: Iterable[tuple[int, Tree]]) -> Server:
+        assert len(list(answers)) == len(task.population)
+        return dataclasses.replace(s, w=s.w | {k: torch.full_like(s.w[k], 0.25) for k in task.head})
+
+
+def test_a_head_that_is_calibrated_after_the_last_round_is_aligned_too(tmp_path: Path) -> None:
+    fed = toy.federation(clients=2)
     task, w = toy.task(fed)
     config = FederateConfig(rounds=1, clients_per_round=2, local=LocalConfig(epochs=1, augment="none"))
     aligner = make_aligner(CONFIG, balanced(fed.train, 4, stream(0, "x")), None)
-    for method, otherwise in ((FedAvg(), []), (OwnHead(), list(task.head))):
-        with RunFolder(tmp_path / type(method).__name__, {}) as run:
-            state = federate(dataclasses.replace(config, method=method), task, fed, w, run, aligner=aligner)
-            final = outcome(
-                dataclasses.replace(config, method=method), task, state, fed.test, groups([20] * 3), run, aligner
-            )
-        assert final["deployed_otherwise"] == otherwise
-        assert final["curve"] == "aligned"
-        assert all(not torch.equal(state.w[k], w[k]) for k in task.head)  # w is aligned, head included
-        shipped = method.deploy(task, state)
-        assert final["weights_sha256"] == digest(shipped)
-        assert all(bool((shipped[k] == 0.25).all()) == bool(otherwise) for k in task.head)
+    with RunFolder(tmp_path / "plain", {}) as run:
+        rounds = federate(config, task, fed, w, run, aligner=aligner).w
+    asked = dataclasses.replace(config, method=Calibrated())
+    for _ in range(2):  # the second call resumes after the last round
+        with RunFolder(tmp_path / "calibrated", {}) as run:
+            state = federate(asked, task, fed, w, run, aligner=aligner)
+        calibrated = rounds | {k: torch.full_like(rounds[k], 0.25) for k in task.head}
+        assert digest(state.w) == digest(aligner(task, calibrated, 1, task.head)[0])
+        assert digest(delivered(Calibrated(), task, state, aligner)) == digest(state.w)  # and not a third time
+
+
+def test_aligned_at_the_end_is_what_aligning_the_finished_run_gives_for_a_method_with_its_own_head(
+    tmp_path: Path,
+) -> None:
+    fed = toy.federation()
+    task, w = toy.task(fed)
+    config = FederateConfig(
+        rounds=2, clients_per_round=2, method=OwnHead(), local=LocalConfig(epochs=1, augment="none")
+    )
+    aligner = make_aligner(dataclasses.replace(CONFIG, when="end"), balanced(fed.train, 4, stream(0, "x")), None)
+    with RunFolder(tmp_path / "plain", {}) as run:
+        finished = OwnHead().deploy(task, federate(config, task, fed, w, run))
+    with RunFolder(tmp_path / "end", {}) as run:
+        state = federate(config, task, fed, w, run, aligner=aligner)
+    assert digest(delivered(OwnHead(), task, state, aligner)) == digest(aligner(task, finished, 2)[0])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from mllm_fl.errors import UserError
 from mllm_fl.events import Event
 from mllm_fl.runs import RunFolder, read_rows
 from mllm_fl.seeds import stream
-from mllm_fl.stages.align import AlignConfig, Aligner, balanced, make_aligner
+from mllm_fl.stages.align import AlignConfig, Aligner, make_aligner
+from mllm_fl.stages.alignment_images import balanced
 from mllm_fl.stages.federate import FederateConfig, federate, online_clients, outcome
 from mllm_fl.trees import Tree, clone, digest, nbytes
 

@@ -55,8 +55,8 @@ def test_a_run_scores_its_validation_images_and_says_which_round_they_chose(tmp_
     assert [row["validation"] is None for row in rows] == [
         True,
         False,
-        True,
-    ]  # the last one's model is aligned, its row is not
+        False,
+    ]  # rows are unaligned, and so are their scores
     assert final["chosen"]["round"] == 2 and final["chosen"]["accuracy"] == rows[1]["accuracy"]
     assert final["leaks"]["validation/test"] == 0
     with pytest.raises(UserError, match="validation_per_class: 0 is below 1"):

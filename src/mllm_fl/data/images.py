@@ -69,6 +69,36 @@ class Selected:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Several pixels of one size, one after another."""
+
+    parts: tuple[Pixels, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        positions = np.asarray(indices, dtype=np.int64)
+        out, start = torch.empty(0, dtype=torch.uint8), 0
+        for part in self.parts:
+            here = np.flatnonzero((positions >= start) & (positions < start + len(part)))
+            if len(here) or not len(positions):
+                found = part.read((positions[here] - start).tolist())
+                out = out if len(out) else torch.empty((len(positions), *found.shape[1:]), dtype=torch.uint8)
+                out[torch.from_numpy(here)] = found
+            start += len(part)
+        return out
+
+    def pairs(self, indices: Sequence[int]) -> Iterator[Pair]:
+        for i in indices:
+            for part in self.parts:
+                if i < len(part):
+                    yield from part.pairs([i])
+                    break
+                i -= len(part)
+
+
+@dataclass(frozen=True)
 class ImageSet:
     """N labelled images.
 

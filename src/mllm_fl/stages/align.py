@@ -8,34 +8,31 @@ MLLM-LLaVA-FL (arXiv:2409.06067), §3.3:
 The paper gives no size, optimiser, step count or moment. Ours: SGD, all parameters, BatchNorm statistics frozen (a few
 hundred images would bias them), after every aggregation, the aligned model is what the next round broadcasts.
 
-What is aligned are the server's weights w, which the next round broadcasts; a method's ``deploy`` comes after that. So the shipped model of
-tau-normalisation is the normalised aligned one, and a head that CReFF retrains beside w is not aligned: final.json names such leaves in
-``deployed_otherwise``. With ``when = "end"`` the rounds are those of the method alone, and so are the means over rounds; only ``last`` is the aligned
-model (``curve`` = "unaligned"). ``mllm-fl align`` on a finished run aligns what was shipped, head included.
+With any method, the model that is evaluated and shipped is aligned, every leaf of it once. What is broadcast are the server's aligned weights w. A method
+that deploys other leaves in their place (CReFF's and CLIP2FL's retrained head, a tau-normalised or CCVR's calibrated one) has these aligned in
+their turn, on the aligned rest, by as many steps of the same eq. (5); they are not fed back into w. With ``when = "end"`` the rounds are the
+method's own, and so are the means over rounds; the model that it deploys is aligned once, whole: ``last`` in final.json (``curve`` = "unaligned"), and the
+same bits as ``mllm-fl align`` on the finished run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Task
-from mllm_fl.data.config import DataConfig
-from mllm_fl.data.federation import Federation
-from mllm_fl.data.folder import all_images
-from mllm_fl.data.glyphs import glyph_set
-from mllm_fl.data.imagenet_lt import load_list
+from mllm_fl.algorithms.base import Algorithm, Server, Task
 from mllm_fl.data.images import ImageSet
 from mllm_fl.engines.local import LocalConfig, augmented
 from mllm_fl.errors import UserError
-from mllm_fl.losses import alignment
+from mllm_fl.losses import alignment, kl
 from mllm_fl.seeds import stream
-from mllm_fl.trees import Tree, clone
+from mllm_fl.trees import Tree, clone, why_not_finite
+
+Control = Literal["ce", "kl", "uniform", "wrong", "alone", "clients"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +40,24 @@ class AlignConfig:
     """``[align]``: the alignment of the aggregated model.
 
     ``source``: "glyphs" (rendered for the class names), "leftover" (training images outside the long-tailed subset), "val" (ImageNet-LT's
-    validation list), or ``folder:PATH``. ``per_class``: images of each class; absent means 1,000 in all, at least one a class (100 of ten
+    validation list), ``folder:PATH``, ``hf:NAME``, or ``open:PATH`` (those of a corpus or folder of open images that CLIP finds most like a class name).
+    ``per_class``: images of each class; absent means 1,000 in all, at least one a class (100 of ten
     classes, 10 of a hundred: the size that FEDIC holds out; the paper says "small"), and of "val" all that every class has, 20.
-    ``when``: after every aggregation, or once after the last. ``parameters``: what eq. (5) updates.
+    ``in_domain``: whether D_align is of the clients' own distribution; absent means yes for leftover and val, no for glyphs and open images, unknown for others.
+    ``when``: after every aggregation, or once after the last. ``parameters``: what eq. (5) updates. ``scale_by_t2``: beta T^2 in the place of beta, as in
+    distillation. ``refuse_below``: the teacher's least zero-shot accuracy on D_align, in multiples of chance; 0 asks for none.
+
+    ``control``: one part of stage 3 taken away, to see what it was worth. "ce": labels only, the same as ``beta = 0``. "kl": q only, no labels.
+    "uniform": q knows nothing. "wrong": q's classes are shifted by one, which must hurt. "alone": cross-entropy on D_align only, no client is ever
+    asked; BatchNorm then learns D_align's statistics, there are no others. "clients": no alignment, D_align's images are dealt to the clients instead.
     """
 
     source: str = "leftover"
     per_class: int | None = None
+    in_domain: bool | None = None
     beta: float = 1.0
     temperature: float = 1.0
+    scale_by_t2: bool = False
     lr: float = 0.01
     momentum: float = 0.0
     steps: int = 100
@@ -60,6 +66,8 @@ class AlignConfig:
     parameters: Literal["all", "head"] = "all"
     freeze_batch_norm: bool = True
     augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
+    control: Control | None = None
+    refuse_below: float = 2.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,111 +81,25 @@ class AlignConfig:
             raise UserError("align.temperature", f"{self.temperature} is not positive")
         if not 0 < self.lr <= 1000:
             raise UserError("align.lr", f"{self.lr} is not in (0, 1000]")
+        if not self.refuse_below >= 0:
+            raise UserError("align.refuse_below", f"{self.refuse_below} is negative", "0 accepts any teacher")
+        if self.beta == 0 and self.control in ("kl", "uniform", "wrong"):
+            raise UserError("align.control", f"{self.control!r} is about q, which beta = 0 leaves out", "give beta > 0")
+        if self.control == "alone" and self.when == "end":
+            raise UserError("align.control", '"alone" has rounds of nothing but alignment', 'set when = "every-round"')
 
-
-IMAGES = 1000
-"""Alignment images in all, where ``per_class`` does not say."""
-
-
-def alignment_set(config: AlignConfig, federation: Federation, data: DataConfig) -> ImageSet:
-    """D_align: class-balanced server images from the source that [align] names, at the size and normalisation of the clients' images.
-
-    Raises:
-        UserError: an unknown source, a class that is missing or has too few images, nothing left over.
-    """
-    names, side = federation.class_names, int(federation.test.read([0]).shape[-1])
-    per_class = config.per_class or max(1, IMAGES // len(names))
-    draws = stream(config.seed, "d_align")
-    if config.source == "leftover":
-        return leftovers(federation, per_class, draws)
-    if config.source == "glyphs":
-        images, _ = glyph_set(names, per_class, config.seed, image_size=side, purpose="d_align")
-    elif config.source == "val":
-        if data.source != "imagenet-lt":
-            raise UserError(
-                "align.source",
-                f"'val' is ImageNet-LT's validation list, but data.source is {data.source!r}",
-                "use leftover or folder:PATH",
-            )
-        images = in_order_of(names, load_list(data.root, "val", side))
-        per_class = config.per_class or min(images.class_counts())
-    elif config.source.startswith("folder:"):
-        images = in_order_of(names, all_images(config.source.removeprefix("folder:"), side))
-    else:
-        raise UserError("align.source", f"unknown source {config.source!r}", "use glyphs, leftover, val or folder:PATH")
-    images = replace(images, mean=federation.train.mean, std=federation.train.std)
-    return images if config.source == "glyphs" else balanced(images, per_class, draws)
-
-
-def in_order_of(class_names: Sequence[str], images: ImageSet) -> ImageSet:
-    """The images of these classes, labelled in their order; a folder's own classes are sorted by name.
-
-    Raises:
-        UserError: a class is missing.
-    """
-    missing = [n for n in class_names if n not in images.class_names]
-    if missing:
-        raise UserError("align.source", f"{images.name} has no class {missing[0]!r}", "one folder a class, same names")
-    number = np.full(len(images.class_names), -1)
-    number[[images.class_names.index(n) for n in class_names]] = np.arange(len(class_names))
-    kept = images.subset(np.flatnonzero(number[images.labels] >= 0).tolist())
-    return replace(kept, labels=number[kept.labels], class_names=tuple(class_names))
-
-
-def balanced(images: ImageSet, per_class: int, generator: torch.Generator) -> ImageSet:
-    """``per_class`` images of every class, drawn without replacement.
-
-    Raises:
-        UserError: a class has fewer; names it and both numbers.
-    """
-    labels = torch.from_numpy(images.labels)
-    chosen: list[int] = []
-    for c, name in enumerate(images.class_names):
-        mine = torch.nonzero(labels == c).flatten()
-        if len(mine) < per_class:
-            raise UserError(
-                "align.per_class",
-                f"class {name!r} has {len(mine)} images in {images.name}, {per_class} asked for",
-                "ask for fewer",
-            )
-        chosen += mine[torch.randperm(len(mine), generator=generator)[:per_class]].tolist()
-    return images.subset(chosen, f"{images.name}, {per_class} a class")
-
-
-def leftovers(federation: Federation, per_class: int, generator: torch.Generator) -> ImageSet:
-    """``per_class`` training images of every class that no client holds.
-
-    CReFF's long tail keeps the largest class whole, so that class has none left: what is missing is drawn from the images
-    that clients hold too, and the set's name says how many. The paper does not say where its images come from.
-
-    Raises:
-        UserError: nothing is left over, because the clients hold every training image.
-    """
-    candidates, held_too = [], 0
-    held = torch.from_numpy(federation.held)
-    labels = torch.from_numpy(federation.train.labels)
-    spare = torch.zeros_like(held)
-    spare[list(federation.spare) if federation.spare is not None else ~held] = True
-    if not bool(spare.any()):
-        raise UserError(
-            "align.source",
-            f"no image is left over: the clients hold all {int(held.sum())} that are at hand",
-            "cut a long tail (data.imbalance_factor), or use glyphs, val or folder:PATH",
-        )
-    for c in range(len(federation.class_names)):
-        free, rest = (torch.nonzero((labels == c) & m).flatten() for m in (spare, held))
-        short = max(0, per_class - len(free))
-        candidates += free.tolist() + rest[torch.randperm(len(rest), generator=generator)[:short]].tolist()
-        held_too += min(short, len(rest))
-    name = f"{federation.train.name} leftover" + (f" ({held_too} of them also at clients)" if held_too else "")
-    return balanced(federation.train.subset(candidates, name), per_class, generator)
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether q is CLIP's."""
+        return self.beta > 0 and self.control in (None, "kl", "wrong")
 
 
 @dataclass(frozen=True)
 class Aligner:
     """D_align with its teacher logits: ``x`` (n, 3, h, w) normalised, ``y`` (n,), ``q_logits`` (n, C); ready to be applied.
 
-    ``teacher``: what a run notes about the CLIP that gave q; None without one.
+    ``teacher``: what a run notes about the CLIP that gave q; None without one. ``limit``: a weight beyond it in magnitude is divergence.
+    ``zero_shot``: the teacher's own accuracy on D_align.
     """
 
     config: AlignConfig
@@ -185,16 +107,40 @@ class Aligner:
     y: Tensor
     q_logits: Tensor
     teacher: Mapping[str, Any] | None = None
+    limit: float = 1e6
+    zero_shot: float | None = None
 
-    def __call__(self, task: Task, w: Tree, round: int) -> tuple[Tree, float]:
-        """The aligned weights (eq. 5), and the mean alignment loss over the steps. ``w`` is not changed."""
+    def loss(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Eq. (6) on these rows of D_align, or what the control leaves of it. ``logits`` (b, C), ``rows`` (b,). Shape ()."""
+        c = self.config
+        beta = c.beta * (c.temperature**2 if c.scale_by_t2 else 1.0)
+        if c.control == "kl":
+            return beta * kl(self.q_logits[rows], logits, c.temperature)
+        if c.control in ("ce", "alone"):
+            beta = 0.0
+        return alignment(logits, self.y[rows], self.q_logits[rows], beta, c.temperature)
+
+    def __call__(self, task: Task, w: Tree, round: int, only: Collection[str] | None = None) -> tuple[Tree, float]:
+        """The aligned weights (eq. 5), and the mean alignment loss over the steps. ``w`` is not changed.
+
+        ``only``: of the parameters that [align] updates, those that this call may, BatchNorm's statistics staying: the second turn of a
+        method that deploys its own leaves.
+
+        Raises:
+            UserError: a weight is not finite, or beyond ``limit``.
+        """
         c = self.config
         w = clone(w)
-        names = [k for k in task.trainable if c.parameters == "all" or k.startswith("classifier.")]
+        names = [k for k in task.trainable if c.parameters == "all" or k in task.head]
+        if only is not None:
+            names = [k for k in names if k in only]
+            if not names:
+                return w, 0.0
         for k in names:
             w[k].requires_grad_(True)
         optimiser = torch.optim.SGD([w[k] for k in names], lr=c.lr, momentum=c.momentum)
-        draws = stream(task.seed, "align", round)
+        draws = stream(task.seed, "align", round) if only is None else stream(task.seed, "align", round, "deployed")
+        train = only is None and (not c.freeze_batch_norm or c.control == "alone")
         view = LocalConfig(augment=c.augment, aug_mode="sample")
         order = torch.empty(0, dtype=torch.int64)
         total = 0.0
@@ -203,40 +149,59 @@ class Aligner:
                 order = torch.cat([order, torch.randperm(len(self.y), generator=draws)])
             batch, order = order[: c.batch_size], order[c.batch_size :]
             x = augmented(self.x[batch], view, draws)
-            logits = task.forward(w, x, train=not c.freeze_batch_norm)[1]
-            loss = alignment(logits, self.y[batch], self.q_logits[batch], c.beta, c.temperature)  # eq. (6)
+            loss = self.loss(task.forward(w, x, train=train)[1], batch)  # eq. (6)
             optimiser.zero_grad(set_to_none=True)
             torch.autograd.backward(loss, inputs=[w[k] for k in names])
             optimiser.step()  # eq. (5)
             total += float(loss.detach())
-        return {k: v.detach() for k, v in w.items()}, total / c.steps
+        w = {k: v.detach() for k, v in w.items()}
+        problem = why_not_finite({k: v for k, v in w.items() if v.dtype.is_floating_point}, self.limit)
+        if problem:
+            raise UserError(
+                "align.lr", f"alignment diverged in round {round} ({problem})", "lower align.lr or align.steps"
+            )
+        return w, total / c.steps
+
+    def rest(self, task: Task, w: Tree, aligned: Tree, round: int) -> Tree:
+        """``w`` with those parameters aligned in which it differs from ``aligned``, which holds what is aligned already."""
+        other = [k for k in task.trainable if not torch.equal(w[k], aligned[k])]
+        return self(task, w, round, other)[0] if other else w
 
 
-ZeroShot = Callable[[Tensor], Tensor]  # uint8 images (n, 3, h, w) -> logits (n, C)
+def delivered(method: Algorithm, task: Task, state: Server, aligner: Aligner | None) -> Tree:
+    """The model of ``state`` that is evaluated and shipped: what the method deploys, aligned; ``state.w`` is so already, unless once at the end."""
+    deployed = method.deploy(task, state)
+    if aligner is None:
+        return deployed
+    if aligner.config.when == "end":
+        return aligner(task, deployed, state.round)[0]
+    return aligner.rest(task, deployed, state.w, state.round)
 
 
-def make_aligner(
-    config: AlignConfig, images: ImageSet, teacher: ZeroShot | None, *, refuse_below: float = 2.0
-) -> Aligner:
+ZeroShot = Callable[[ImageSet], Tensor]  # images -> logits (n, C)
+
+
+def make_aligner(config: AlignConfig, images: ImageSet, teacher: ZeroShot | None) -> Aligner:
     """D_align and q = CLIP's zero-shot logits on it, computed once: the teacher sees images un-augmented.
 
     Raises:
-        UserError: the teacher's zero-shot accuracy on D_align is below ``refuse_below`` times chance: it would teach noise.
+        UserError: the teacher's zero-shot accuracy on D_align is below ``config.refuse_below`` times chance: it would teach noise.
     """
-    every = range(len(images))
     y = torch.from_numpy(images.labels)
     classes = len(images.class_names)
-    if teacher is None or config.beta == 0:
-        return Aligner(config, images.normalised(every), y, torch.zeros(len(images), classes))
-    q = teacher(images.read(every))
+    x = images.normalised(range(len(images)))
+    if teacher is None or not config.asks_teacher:
+        return Aligner(config, x, y, torch.zeros(len(images), classes))
+    q = teacher(images)
     if q.shape != (len(images), classes):
         raise UserError("teacher", f"zero-shot logits have shape {tuple(q.shape)}, expected {(len(images), classes)}")
     accuracy = float((q.argmax(1) == y).double().mean())
-    floor = min(refuse_below / classes, (1 + 1 / classes) / 2)  # with two classes twice chance would be perfection
+    floor = min(config.refuse_below / classes, (1 + 1 / classes) / 2)  # of two classes twice chance would be perfection
     if accuracy < floor:
         raise UserError(
             "teacher",
-            f"zero-shot accuracy on the alignment images is {accuracy:.1%}, below {refuse_below:g} x chance ({floor:.1%})",
-            "check the class names, the prompts and the teacher; beta = 0 aligns without it",
+            f"zero-shot accuracy on the alignment images is {accuracy:.1%}, below {config.refuse_below:g} x chance ({floor:.1%})",
+            "check the class names, the prompts and the teacher; align.refuse_below = 0 takes it all the same, beta = 0 does without",
         )
-    return Aligner(config, images.normalised(every), y, q.float())
+    q = q.float()
+    return Aligner(config, x, y, q.roll(1, 1) if config.control == "wrong" else q, zero_shot=accuracy)

@@ -7,6 +7,7 @@ what they depend on, beside the runs that use them.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,11 @@ from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
 from mllm_fl.models.network import Network, build_network
 from mllm_fl.models.teacher.clip import load_teacher
+from mllm_fl.models.teacher.logits import teacher_logits
 from mllm_fl.runs import RunFolder, config_hash, differences, environment, read_json, read_rows
-from mllm_fl.stages.align import AlignConfig, Aligner, alignment_set, make_aligner
+from mllm_fl.stages.align import AlignConfig, Aligner, delivered, make_aligner
+from mllm_fl.stages.alignment_images import alignment_set, dealt
+from mllm_fl.stages.alignment_images import record as d_align
 from mllm_fl.stages.annotate import annotate, corpus_prints, open_prints
 from mllm_fl.stages.federate import federate, outcome
 from mllm_fl.stages.measures import overhead, standing
@@ -139,21 +143,15 @@ def _side(federation: Federation) -> int:
     return int(federation.test.read([0]).shape[-1])
 
 
-def alignment_images(config: Config, federation: Federation) -> ImageSet:
-    """D_align: class-balanced server images from the source that [align] names, normalised like the clients' images."""
-    assert config.align is not None
-    return alignment_set(config.align, federation, config.data)
-
-
-def aligner_of(config: Config, federation: Federation, images: ImageSet | None) -> Aligner | None:
-    """Stage 3 made ready: D_align's ``images`` and the teacher's zero-shot logits on them; None when [align] is off."""
+def aligner_of(config: Config, federation: Federation, images: ImageSet | None, cache: Path) -> Aligner | None:
+    """Stage 3 made ready: D_align's ``images`` and the teacher's zero-shot logits on them, kept in ``cache``; None when [align] is off."""
     if config.align is None or images is None:
         return None
-    if config.align.beta == 0:
+    if not config.align.asks_teacher:
         return make_aligner(config.align, images, None)
     clip = load_teacher(config.teacher)
-    aligner = make_aligner(config.align, images, lambda x: clip.zero_shot(x, federation.class_names))
-    return dataclasses.replace(aligner, teacher=clip.record())
+    aligner = make_aligner(config.align, images, lambda x: teacher_logits(clip, x, federation.class_names, cache))
+    return dataclasses.replace(aligner, teacher=clip.record(), limit=config.federate.limit)
 
 
 def engine_of(config: Config, folder: Path, federation: Federation, network: Network) -> EngineConfig:
@@ -169,7 +167,7 @@ def task_of(config: Config, federation: Federation, network: Network, engine: En
     labelled = None
     if "labelled" in needs:
         balanced_set = AlignConfig(source=server.labelled, per_class=server.labelled_per_class, seed=server.seed)
-        labelled = alignment_images(dataclasses.replace(config, align=balanced_set), federation)
+        labelled = alignment_set(balanced_set, federation, config.data)
     texts = None
     if "texts" in needs:
         texts = load_teacher(config.teacher).class_embeddings(federation.class_names)
@@ -203,7 +201,7 @@ def run(
         network = _network(config)
         settled = engine_of(config, path, federation, network)
         task = task_of(config, federation, network, settled)
-        aligned_on = alignment_images(config, federation) if config.align is not None else None
+        aligned_on = alignment_set(config.align, federation, config.data) if config.align is not None else None
         wanted, validation = config.federate.validation_per_class, None
         if wanted is not None:
             validation = held_out(federation, wanted, (aligned_on, task.unlabelled, task.labelled), config.data.seed)
@@ -215,16 +213,21 @@ def run(
             "labelled": task.labelled,
         }
         found = leaks_of(config, root, federation, sets)  # before anything is paid for
+        to_clients = config.align is not None and config.align.control == "clients"
+        if to_clients and aligned_on is not None:
+            federation = dealt(federation, aligned_on)
+            task = dataclasses.replace(task, population=federation.population)
         w: Tree = clone(network.state_dict())
         if config.pretrain is not None:
             w = fit(pretrain_stage(config, root, progress, checked=True), w, pretrain_path(config, root))
-        aligner = aligner_of(config, federation, aligned_on)
+        cache = root / config.experiment / "logits"
+        aligner = None if to_clients else aligner_of(config, federation, aligned_on, cache)
         if aligned_on is not None:
             progress(Event("prepare", 1, 1, f"{len(aligned_on)} alignment images"))
         teacher = None
         if "teacher" in config.federate.method.needs and opened is None:
             progress(Event("prepare", 0, 1, "the teacher's logits on the clients' images"))
-            teacher = clients_logits(config.teacher, federation, root / config.experiment / "logits")
+            teacher = clients_logits(config.teacher, federation, cache)
         _begin(folder, federation, settled, command)
         found_groups, fed = groups(federation.class_counts), config.federate
         with (opened or open_engine)(settled, task, fed.method, fed.local, config.model.batch_norm, folder.event) as engine:
@@ -233,13 +236,17 @@ def run(
                 batch_norm=config.model.batch_norm, aligner=aligner, teacher=teacher, progress=progress, engine=engine,
                 validation=validation,
             )  # fmt: skip
-            final = outcome(fed, task, state, federation.test, found_groups, folder, aligner, engine)
-        save_model(path / "model.safetensors", config.federate.method.deploy(task, state), config, federation)
+            start = time.perf_counter()
+            shipped = delivered(fed.method, task, state, aligner)
+            seconds = time.perf_counter() - start
+            final = outcome(fed, task, state, federation.test, found_groups, folder, aligner, engine, shipped)
+            final["seconds"]["align"] += seconds if aligner is not None else 0.0
+        save_model(path / "model.safetensors", shipped, config, federation)
         final = {
             "experiment": config.experiment, "name": path.name, "arm": config.name, "seed": config.seed,
             "config_hash": config_hash(config.resolved()), "class_counts": federation.class_counts,
-            "groups": to_dict(found_groups), "stages": {"pretrain": config.pretrain is not None, "align": config.align is not None},
-            "align": None if aligned_on is None else {"source": aligned_on.name, "images": len(aligned_on)},
+            "groups": to_dict(found_groups), "stages": {"pretrain": config.pretrain is not None, "align": aligner is not None},
+            "align": None if aligned_on is None or config.align is None else d_align(config.align, aligned_on, aligner),
             "manifest_sha256": federation.manifest.sha256, "leaks": found, "command": command,
             "environment": environment() | getattr(engine, "record", {}) | {"engine": to_dict(settled)},
             "teacher": _teacher_record(config, aligner), "pretrained": _pretrained_record(config, root),
@@ -326,9 +333,9 @@ def align_finished(config: Config, root: Path, progress: Progress = silent) -> d
         network = _network(config)
         w = fit(load_checkpoint(path / "model.safetensors")[0], clone(network.state_dict()), path / "model.safetensors")
         task = task_of(config, federation, network, engine_of(config, path, federation, network))
-        images = alignment_images(config, federation)
+        images = alignment_set(config.align, federation, config.data)
         found = leaks_of(dataclasses.replace(config, pretrain=None), root, federation, {"align": images})
-        aligner = aligner_of(config, federation, images)
+        aligner = aligner_of(config, federation, images, root / config.experiment / "logits")
         assert aligner is not None
         aligned, loss = aligner(task, w, config.federate.rounds)
         progress(Event("align", 1, 1, f"loss {loss:.3f}"))
@@ -341,7 +348,7 @@ def align_finished(config: Config, root: Path, progress: Progress = silent) -> d
             "stages": final["stages"] | {"align": True}, "leaks": final["leaks"] | found,
             "arm": f"{config.name}, aligned once", "before_align": final["last"], "mean_last": None, "max": None, "ema": None,
             "last": scores.scores(groups(federation.class_counts)) | {"confusion": scores.counts.tolist()},
-            "align": {"source": images.name, "images": len(images), **to_dict(config.align)}, "teacher": _teacher_record(config, aligner),
+            "align": to_dict(config.align) | d_align(config.align, images, aligner), "teacher": _teacher_record(config, aligner),
         }  # fmt: skip
         final |= standing(final["last"], [], federation) | {
             "forgetting": None,

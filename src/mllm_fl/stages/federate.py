@@ -37,10 +37,10 @@ from mllm_fl.engines.memory import ClientMemory
 from mllm_fl.engines.meter import Meter
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
-from mllm_fl.metrics import SCORES, summarise
+from mllm_fl.metrics import SCORES, Evaluation, summarise
 from mllm_fl.runs import RunFolder, differences, read_json, read_rows
 from mllm_fl.seeds import numpy_stream
-from mllm_fl.stages.align import Aligner
+from mllm_fl.stages.align import Aligner, delivered
 from mllm_fl.stages.server import ServerConfig
 from mllm_fl.trees import Tree, digest, nbytes, prefixed, under, why_invalid, why_not_finite
 
@@ -152,18 +152,18 @@ def federate(
     draws = online_clients(config, len(task.population), federation.manifest.seed, task.seed)
     note = ""
     groups, meter = groups_of(federation.class_counts), Meter()
+    alone = aligner is not None and aligner.config.control == "alone"
     for t, online in zip(range(1, config.rounds + 1), draws, strict=False):
         if t <= state.round:
             continue
-        state, row = _round(
-            config, task, federation, state, memory, online, run, engine, aligner, groups, teacher or {}, meter
+        asked = [] if alone else online
+        state, row, deployed = _round(
+            config, task, federation, state, memory, asked, run, engine, aligner, groups, teacher or {}, meter
         )
-        if validation is not None:
-            once = aligner is not None and aligner.config.when == "end" and t == config.rounds
-            row["validation"] = None  # the row's test accuracy must be the same model's
-            if row["evaluated"] and not once:
-                found = engine.evaluate(config.method.deploy(task, state), validation)
-                row["validation"] = found.scores(None)["class_weighted"]
+        if validation is not None:  # the model of the row's test accuracy
+            row["validation"] = (
+                engine.evaluate(deployed, validation).scores(None)["class_weighted"] if deployed else None
+            )
         run.append("rounds.jsonl", [row])
         if t % config.checkpoint_every == 0 or t == config.rounds:
             _refuse_other_form(config.algorithm, state, fresh)
@@ -172,7 +172,12 @@ def federate(
         if row["accuracy"] is not None:
             note = f"accuracy {row['accuracy']:.1%}"
         progress(Event("federate", t, config.rounds, note))
-    return concluded(config, task, federation, state, run, engine, progress) if config.method.concludes else state
+    if not config.method.concludes:
+        return state
+    end = concluded(config, task, federation, state, run, engine, progress)
+    if aligner is not None and aligner.config.when == "every-round":
+        end = replace(end, w=aligner.rest(task, end.w, state.w, state.round))
+    return end
 
 
 def concluded(
@@ -217,7 +222,8 @@ def _round(
     groups: Groups,
     teacher: Mapping[int, Tensor],
     meter: Meter,
-) -> tuple[Server, dict[str, Any]]:
+) -> tuple[Server, dict[str, Any], Tree | None]:
+    """The state after the next round, the round's row, and the model that the row is about (None where none was evaluated)."""
     t = state.round + 1
     start = time.perf_counter()
     msg = config.method.broadcast(state)
@@ -263,28 +269,27 @@ def _round(
     updates = valid()
     first = next(updates, None)
     if first is None:
-        run.event("no valid update: the global weights stay", round=t)
+        if online:
+            run.event("no valid update: the global weights stay", round=t)
         state = replace(state, round=t)
     else:
         state = replace(_aggregated(config, task, state, itertools.chain([first], updates), run), round=t)
     aggregated = time.perf_counter()
     evaluated = t % config.evaluate_every == 0 or t > config.rounds - config.evaluate_last
     before: dict[str, Any] = {}
-    align_loss, once = None, aligner is not None and aligner.config.when == "end"
-    if aligner is not None and (not once or t == config.rounds):
+    align_loss, every = None, aligner if aligner is not None and aligner.config.when == "every-round" else None
+    if every is not None:
         if t == config.rounds:
             before = engine.evaluate(config.method.deploy(task, state), federation.test).scores(groups)
-        w, align_loss = aligner(task, state.w, t)
-        problem = why_not_finite({k: v for k, v in w.items() if v.dtype.is_floating_point}, config.limit)
-        if problem:
-            raise UserError("align.lr", f"alignment diverged in round {t} ({problem})", "lower align.lr or align.steps")
+        w, align_loss = every(task, state.w, t)
         state = replace(state, w=w)
+    deployed = (
+        delivered(config.method, task, state, every) if evaluated else None
+    )  # aligned once: the curve stays unaligned
     aligned = time.perf_counter()
     row: dict[str, Any] = {"round": t, "clients": online, "evaluated": evaluated}
-    if evaluated and once and before:  # the curve stays unaligned; the aligned model is `last` in final.json
-        row |= before
-    elif evaluated:
-        row |= engine.evaluate(config.method.deploy(task, state), federation.test).scores(groups)
+    if deployed is not None:
+        row |= engine.evaluate(deployed, federation.test).scores(groups)
     else:
         row |= dict.fromkeys(SCORES)
     ok = [r for r in rows if r["status"] == "ok"]
@@ -316,7 +321,7 @@ def _round(
             }
         ],
     )
-    return state, row
+    return state, row, deployed
 
 
 def _aggregated(config: FederateConfig, task: Task, state: Server, updates: Iterator[Update], run: RunFolder) -> Server:
@@ -408,16 +413,23 @@ def outcome(
     run: RunFolder,
     aligner: Aligner | None = None,
     engine: Engine | None = None,
+    shipped: Tree | None = None,
 ) -> dict[str, Any]:
     """The numbers of a finished run, for final.json: last, mean of the last ``report_last`` rounds, maximum, EMA, bytes, seconds.
 
-    ``last`` is the model that is shipped. ``curve`` says which models the other three describe: "plain", "aligned", or "unaligned" where
+    ``last`` is the model that is ``shipped``, by default :func:`mllm_fl.stages.align.delivered`. ``curve`` says which models the other three describe: "plain", "aligned", or "unaligned" where
     the model was aligned once after the last round. ``deployed_otherwise``: leaves in which the shipped model is not the one that
-    was averaged and aligned, because the method deploys its own in their place or transforms them.
+    is broadcast, because the method deploys its own in their place or transforms them; they are aligned too.
     """
     rows, timings = read_rows(run.path / "rounds.jsonl"), read_rows(run.path / "timings.jsonl")
-    deployed = config.method.deploy(task, state)
-    confusion = engine.evaluate(deployed, test) if engine is not None else evaluate(task, deployed, test)
+    plain = config.method.deploy(task, state)
+    deployed = shipped if shipped is not None else delivered(config.method, task, state, aligner)
+    once = aligner is not None and aligner.config.when == "end"
+
+    def score(w: Tree) -> Evaluation:
+        return engine.evaluate(w, test) if engine is not None else evaluate(task, w, test)
+
+    confusion = score(deployed)
     surveyed = read_json(run.path / "survey.json") if config.method.concludes else {}
     seconds = {
         name: sum(r.get(f"{key}_seconds", r["client_seconds"]) for r in timings)
@@ -430,9 +442,9 @@ def outcome(
         "class_names": list(task.class_names),
         "last": confusion.scores(groups) | {"confusion": confusion.counts.tolist()},
         **summarise([(r["round"], r["accuracy"]) for r in rows if r["accuracy"] is not None], last=config.report_last),
-        "curve": "plain" if aligner is None else "unaligned" if aligner.config.when == "end" else "aligned",
-        "deployed_otherwise": [k for k, v in deployed.items() if k not in state.w or not torch.equal(v, state.w[k])],
-        "accuracy_before_align": rows[-1]["accuracy_before_align"],
+        "curve": "plain" if aligner is None else "unaligned" if once else "aligned",
+        "deployed_otherwise": [k for k, v in plain.items() if k not in state.w or not torch.equal(v, state.w[k])],
+        "accuracy_before_align": score(plain).scores(None)["accuracy"] if once else rows[-1]["accuracy_before_align"],
         "bytes_up": sum(r["bytes_up"] for r in rows) + surveyed.get("bytes_up", 0),
         "bytes_down": sum(r["bytes_down"] for r in rows) + surveyed.get("bytes_down", 0),
         "rejected": sum(r["rejected"] for r in rows),
