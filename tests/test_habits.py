@@ -20,6 +20,7 @@ OWNERS = {
     "flwr": ("engines/flower.py",),
     "matplotlib": ("report/",),
     "openai": ("annotate/backends/openai.py",),
+    "pydantic": ("annotate/schema.py",),
     "rich": ("console.py",),
     "timm": ("models/vision.py",),
     "tokenizers": ("models/teacher/",),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mllm_fl.annotate.agreement import agreement, stated
-from mllm_fl.annotate.prompts import INSTRUCT, KINDS, prompts_for
+from mllm_fl.annotate.prompts import INSTRUCT, prompts_for
 from mllm_fl.annotate.records import Record, Turn, load, parse, save
 from mllm_fl.errors import UserError
 
@@ -87,14 +87,16 @@ def test_a_plain_prompt_makes_one_turn_per_question() -> None:
 def test_a_dialogue_prompt_reads_the_json_it_asked_for() -> None:
     prompt = INSTRUCT["conversation"]
     body = json.dumps([{"question": "How many?", "answer": "Two."}, {"question": "Where?", "answer": "Left."}])
-    for text in (body, f"```json\n{body}\n```"):
+    for text in (body, f"```json\n{body}\n```", f'{{"turns": {body}, "remark": "none"}}'):
         assert prompt.record("1", "i.png", ("ask",), (text,)).answers == ("Two.", "Left.")
     for text, why in (
         ("", "empty"),
         ("Two dogs.", "not JSON"),
-        ("[]", "no question"),
-        ('[{"question": "q"}]', "lacks"),
-        ("[1]", "lacks"),
+        ("[]", "schema: turns: is empty"),
+        ("7", "schema"),
+        ('[{"question": "q"}]', "schema: turns.0.answer: field required"),
+        ('[{"question": "q", "answer": " "}]', "turns.0.answer: is empty"),
+        ("[1]", "schema: turns.0"),
     ):
         with pytest.raises(ValueError, match=why):
             prompt.record("1", "i.png", ("ask",), (text,))
@@ -102,14 +104,31 @@ def test_a_dialogue_prompt_reads_the_json_it_asked_for() -> None:
 
 def test_every_kind_has_a_prompt_in_both_styles_and_a_wording_is_fixed_by_the_image() -> None:
     for style in ("instruct", "glyphs"):
-        prompts = prompts_for(KINDS, style)
-        assert [p.kind for p in prompts] == list(KINDS)
+        prompts = prompts_for(list(INSTRUCT), style)
+        assert [p.kind for p in prompts] == list(INSTRUCT)
         assert len({p.version for p in prompts}) == 4
     detail = prompts_for(["detail"], "instruct")[0]
     assert detail.questions("0" * 64) == detail.questions("0" * 64) != detail.questions("0" * 11 + "1" + "0" * 52)
     for kinds in (["poem"], ["detail", "detail"], []):
         with pytest.raises(UserError, match=r"annotate\.kinds"):
             prompts_for(kinds, "instruct")
+
+
+def test_a_label_is_one_of_the_list_or_a_failure() -> None:
+    (prompt,) = prompts_for(["label"], "instruct", ["cat", "grey seal"])
+    (other,) = prompts_for(["label"], "instruct", ["cat", "seal"])
+    assert prompt.version != other.version
+    assert "cat, grey seal" in prompt.questions("0" * 64)[0]
+    assert prompt.schema is not None and prompt.schema["properties"]["label"]["enum"] == ["cat", "grey seal"]
+    for text in ('{"label": "Grey_Seal."}', "grey seal", '"grey seal"'):
+        assert prompt.record("1", "i.png", ("ask",), (text,)).answers == ("grey seal",)
+    for text in ('{"label": "seal"}', "a cat", '{"class": "cat"}', "[]", ""):
+        with pytest.raises(ValueError, match="label|empty"):
+            prompt.record("1", "i.png", ("ask",), (text,))
+    with pytest.raises(UserError, match="not taught 'label'"):
+        prompts_for(["label"], "glyphs", ["cat", "dog"])
+    with pytest.raises(UserError, match=r"annotate\.labels"):
+        prompts_for(["label"], "instruct", ["cat", "cat"])
 
 
 def test_agreement_counts_what_a_text_states() -> None:

@@ -1,23 +1,23 @@
 """What a model is asked, kind by kind: our own words, for models that see the picture. A changed word means a new version.
 
 Four kinds, after LLaVA (arXiv:2304.08485, §3): a brief **caption** (what CC-595K has), a **conversation** of several turns,
-a **detail**ed description, and **reasoning** beyond what is seen. LLaVA's prompts fed captions and boxes to a model that sees nothing;
+a **detail**ed description, and **reasoning** beyond what is seen; and a **label** out of a list of the user's. LLaVA's prompts fed captions and boxes to a model that sees nothing;
 open images have neither, so these ask about the picture itself.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mllm_fl.annotate import schema
 from mllm_fl.annotate.records import IMAGE, Record, Turn, validate
 from mllm_fl.errors import UserError
 from mllm_fl.models.teacher.questions import QUESTIONS
 
-KINDS = ("caption", "conversation", "detail", "reasoning")
+KINDS = ("caption", "conversation", "detail", "reasoning", "label")
 
 _SYSTEM = (
     "You describe photographs and drawings for a training set. Say only what can be seen; if something cannot be made out, leave it out. "
@@ -30,15 +30,21 @@ class Prompt:
     """One kind of annotation.
 
     ``variants``: wordings, one of which each picture gets; a wording is one or more questions, each asked on its own about the
-    picture. ``form``: "plain": question and answer become the record's turns. "dialogue": the answer itself is a JSON list of
-    ``{"question", "answer"}``, which become the turns.
+    picture. ``form``: "plain": question and answer become the record's turns. "dialogue": the answer itself is JSON that holds
+    question-answer pairs, which become the turns. "label": JSON that holds one of ``labels``.
     """
 
     kind: str
     version: str
     variants: tuple[tuple[str, ...], ...]
     system: str = ""
-    form: Literal["plain", "dialogue"] = "plain"
+    form: Literal["plain", "dialogue", "label"] = "plain"
+    labels: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer; None for plain text."""
+        return schema.schema(self.form, self.labels)
 
     def questions(self, image: str) -> tuple[str, ...]:
         """The wording for the picture with this SHA-256: the same one every time."""
@@ -48,7 +54,11 @@ class Prompt:
         """The record that these answers make. Raises ``ValueError`` with the reason when they make none."""
         if len(texts) != len(questions):
             raise ValueError(f"{len(texts)} answers to {len(questions)} questions")
-        pairs = _dialogue(texts[0]) if self.form == "dialogue" else list(zip(questions, texts, strict=True))
+        pairs = list(zip(questions, texts, strict=True))
+        if self.form == "dialogue":
+            pairs = schema.dialogue(texts[0])
+        elif self.form == "label":
+            pairs = [(_LABEL, schema.label(texts[0], self.labels))]
         turns: list[Turn] = []
         for question, answer in pairs:
             if not answer.strip():
@@ -65,29 +75,8 @@ class Prompt:
         return record
 
 
-def _dialogue(text: str) -> list[tuple[str, str]]:
-    """The question-answer pairs of a JSON answer; a code fence around it is tolerated, anything else is not."""
-    body = text.strip()
-    if body.startswith("```"):
-        body = body.partition("\n")[2].rpartition("```")[0]
-    try:
-        raw: Any = json.loads(body)
-    except ValueError:
-        raise ValueError("answer is not JSON" if body else "empty answer") from None
-    raw = raw if isinstance(raw, list) else [raw]
-    pairs = []
-    for entry in raw:
-        if not isinstance(entry, dict) or not all(
-            isinstance(entry.get(k), str) and entry[k].strip() for k in ("question", "answer")
-        ):
-            raise ValueError("answer lacks 'question' or 'answer'")
-        pairs.append((entry["question"], entry["answer"]))
-    if not pairs:
-        raise ValueError("answer holds no question")
-    return pairs
-
-
-_JSON = 'Reply with JSON only: a list of objects, each with the keys "question" and "answer".'
+_JSON = 'Reply with JSON only: {"turns": [{"question": "...", "answer": "..."}]}.'
+_LABEL = "Which one of the known labels fits this picture best?"
 
 INSTRUCT = {
     "caption": Prompt(
@@ -98,7 +87,7 @@ INSTRUCT = {
     ),
     "conversation": Prompt(
         "conversation",
-        "conversation-1",
+        "conversation-2",
         (
             (
                 "Invent a conversation of three questions and answers between a person who looks at this picture and an assistant who sees it "
@@ -121,7 +110,7 @@ INSTRUCT = {
     ),
     "reasoning": Prompt(
         "reasoning",
-        "reasoning-1",
+        "reasoning-2",
         (
             (
                 "Think of one question about this picture that takes a conclusion to answer: a cause, a purpose, what comes next, what sets it "
@@ -145,18 +134,35 @@ def _taught(kind: str) -> Prompt:
     return Prompt(kind, f"glyphs-{kind}-{hashlib.sha256(repr(wordings).encode()).hexdigest()[:8]}", wordings)
 
 
-def prompts_for(kinds: Sequence[str], style: str) -> list[Prompt]:
+def _label(labels: Sequence[str]) -> Prompt:
+    """The closed question; its version changes with the list."""
+    if len(labels) < 2 or len(set(labels)) != len(labels) or not all(x.strip() for x in labels):
+        raise UserError(
+            "annotate.labels", "the kind 'label' needs two different labels or more", 'labels = ["cat", "dog"]'
+        )
+    asked = (
+        f"Which one of these labels fits this picture best: {', '.join(labels)}? "
+        'Reply with JSON only: {"label": "..."}, spelt as in the list.'
+    )
+    digits = hashlib.sha256(repr(tuple(labels)).encode()).hexdigest()[:8]
+    return Prompt("label", f"label-1-{digits}", ((asked,),), _SYSTEM, "label", tuple(labels))
+
+
+def prompts_for(kinds: Sequence[str], style: str, labels: Sequence[str] = ()) -> list[Prompt]:
     """The prompts of these kinds in a ``style``: "instruct" (any capable model) or "glyphs" (what the bundled model was taught).
 
+    ``labels``: the closed list of the kind "label", which the bundled model was not taught.
+
     Raises:
-        UserError: an unknown kind, or one asked for twice.
+        UserError: an unknown kind, one asked for twice, a kind without its labels.
     """
-    known = INSTRUCT
-    if style == "glyphs":
-        known = {k: _taught(k) for k in KINDS}
+    known = {k: _taught(k) for k in INSTRUCT} if style == "glyphs" else INSTRUCT
+    if "label" in kinds and style != "glyphs":
+        known = known | {"label": _label(labels)}
     for kind in kinds:
         if kind not in known:
-            raise UserError("annotate.kinds", f"unknown kind {kind!r}", f"choose from {', '.join(known)}")
+            problem = f"{'the bundled model was not taught' if kind in KINDS else 'unknown kind'} {kind!r}"
+            raise UserError("annotate.kinds", problem, f"choose from {', '.join(known)}")
     if len(set(kinds)) != len(kinds) or not kinds:
         raise UserError("annotate.kinds", "is empty or names a kind twice", f"choose from {', '.join(known)}")
     return [known[k] for k in kinds]
