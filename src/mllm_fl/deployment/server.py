@@ -60,13 +60,9 @@ class Settings:
             UserError: a value of another type, or out of range.
         """
         values = {str(k).replace("-", "_"): v for k, v in run_config.items()}
-        schedule = Schedule(
-            **{
-                f.name: (int if f.name in ("minimum", "attempts") else float)(values.pop(f.name))
-                for f in dataclasses.fields(Schedule)
-                if f.name in values
-            }
-        )
+        times = {k: float(values.pop(k)) for k in ("deadline", "wait", "poll") if k in values}
+        counts = {k: int(values.pop(k)) for k in ("minimum", "attempts") if k in values}
+        schedule = Schedule(**times, **counts)  # type: ignore[arg-type]
         known = {f.name for f in dataclasses.fields(cls)}
         wrong = sorted(values.keys() - known)
         if wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class SitesFederation(Federation):
         shared = [histograms[str(k)] for k in range(len(names)) if str(k) in histograms]
         counts = [sum(column) for column in zip(*shared, strict=True)] if len(shared) == len(names) else [0] * classes
         ends = np.cumsum([0, *held]).tolist()
-        clients = tuple(tuple(range(a, b)) for a, b in zip(ends, ends[1:], strict=False))
+        clients = tuple(tuple(range(a, b)) for a, b in itertools.pairwise(ends))
         manifest = Manifest(
             dataset=f"{len(names)} sites",
             fingerprint=sha256_of([list(names), held]),

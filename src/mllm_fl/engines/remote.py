@@ -249,9 +249,9 @@ class RemoteEngine:
             late = [self.reception.site(n) for n in pending.values()]
             self.on_state({"kind": kind, "round": t, "attempt": attempt, "waiting_for": late, "seconds": since})
             for answer in self.link.collect(list(pending)):
-                node = pending.pop(answer.to, None)
-                if node is None:
+                if answer.to not in pending:
                     continue
+                node = pending.pop(answer.to)
                 self.owing.pop(node, None)
                 parcel, problem = self._opened(answer, limit * max(1, len(facts[node].get("clients", ()))))
                 if answer.packed is not None:

@@ -1,0 +1,76 @@
+"""A run on real digits with three sites in one process, over Flower's own messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+flwr = pytest.importorskip("flwr", reason="pip install 'mllm-fl[flower]'")
+
+CONFIG = """
+experiment = "deployed"
+seeds = [3]
+[data]
+source = "digits"
+imbalance_factor = 30
+clients = 5
+[model]
+width = 2
+adapter = "linear"
+adapter_dim = 128
+[federate]
+rounds = 3
+clients_per_round = 4
+evaluate_last = 3
+[federate.engine]
+name = "serial"
+precision = "fp32"
+layout = "nchw"
+[federate.local]
+epochs = 1
+batch_size = 8
+lr = 0.05
+augment = "crop"
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration that the simulator and a federation both run."""
+    path = tmp_path / "run.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> dict[int, dict[str, Any]]:
+    """Three nodes that play the data set's five clients: 0 and 3, 1 and 4, 2."""
+    return {
+        101 + i: {"partition-id": i, "num-partitions": 3, "site": f"site-{i + 1}", "state": str(tmp_path / f"node{i}")}
+        for i in range(3)
+    }
+
+
+@pytest.fixture
+def deployed(config: Path, nodes: dict[int, dict[str, Any]], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """``deployed(set, faults, **run_config)``: the run over a fake Grid; final.json's content, and the grid beside it."""
+    from tests.deployment.grid import FakeGrid
+
+    from mllm_fl.deployment.node import handle
+    from mllm_fl.deployment.server import main
+    from mllm_fl.deployment.sites import Site, write_sites
+    from mllm_fl.engines.flower import GridLink, client_app
+
+    def run(set: str = "", faults: Mapping[int, Any] | None = None, **values: Any) -> dict[str, Any]:
+        sites = tmp_path / "sites.json"
+        if not sites.exists():
+            write_sites(sites, [Site(f"site-{i + 1}", 101 + i) for i in range(3)])
+        grid = FakeGrid(client_app(handle), nodes, faults)
+        said = {"config": str(config), "set": set, "runs": str(tmp_path / "runs"), "sites": str(sites)}
+        final = main(GridLink(grid), said | {"poll": 0.01, "deadline": 5.0, "wait": 5.0} | values, 1)
+        return final | {"grid": grid}
+
+    return run
