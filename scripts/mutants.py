@@ -35,6 +35,12 @@ RESULTS = ROOT / "results" / "mutants.jsonl"
 PAGE = ROOT / "docs" / "mutants.md"
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.toml")
 SHARED = ("losses", "statistics", "descent", "matching", "trees", "algorithms.counts", "algorithms.distilling")
+CONTRACT = {
+    ("losses", "cross_entropy"),
+    *(("trees", name) for name in ("weighted_mean", "why_of_another_form", "_why_unlike")),
+    *(("algorithms.refusal", name) for name in ("why_refused", "why_answer_refused", "_beside")),
+}
+"""What FedAvg's unit holds beside the class itself."""
 OF_TREES = {"weighted_mean"}  # the rest of trees.py is arithmetic with tests of its own
 CPU_SECONDS = 120  # a mutant that loops is killed after this much processor time
 
@@ -89,10 +95,7 @@ class Unit(NamedTuple):
 def units() -> list[Unit]:
     """One unit a method. A shared function belongs to the first method that uses it, and is held by the tests of all."""
     table = methods()
-    uses = {
-        m: used(module) if m != "fedavg" else {("losses", "cross_entropy"), ("trees", "weighted_mean")}
-        for m, (module, _) in table.items()
-    }
+    uses = {m: used(module) if m != "fedavg" else CONTRACT for m, (module, _) in table.items()}
     taken: set[tuple[str, str]] = set()
     out = []
     for m, (module, cls) in table.items():
@@ -104,6 +107,7 @@ def units() -> list[Unit]:
             by_module.setdefault(there, set()).add(name)
         kin = [m] + [k for k in table if k != m and uses[k] & set(fresh)]
         tests = [*tests_of(m, uses[m]), *(t for k in kin[1:] for t in tests_of(k, uses[k]))]
+        tests.sort(key=lambda t: "::" in t)  # the suite's rows are slow: last
         parts = (own, *((there, frozenset(names)) for there, names in sorted(by_module.items())))
         out.append(Unit(m, parts, tuple(dict.fromkeys(tests))))
     return out
@@ -113,6 +117,8 @@ def tests_of(method: str, uses: set[tuple[str, str]]) -> Iterator[str]:
     """The tests of one method, quick ones first; the conformance row by its ids."""
     for folder in ("oracles", "algorithms"):
         yield from (str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests" / folder).glob(f"test_{method}*.py")))
+    if method == "fedavg":
+        yield "tests/algorithms/test_refusal.py"
     if any(module == "algorithms.counts" for module, _ in uses):
         yield "tests/oracles/test_priors.py"
     for module in sorted({module for module, _ in uses if "." not in module}):
@@ -249,6 +255,11 @@ def verdict(row: dict[str, Any], known: dict[tuple[str, str], str]) -> str:
     return str(row["status"])
 
 
+def wanted(row: dict[str, Any] | None, known: dict[tuple[str, str], str], untried: bool) -> bool:
+    """Whether a mutant with this row is to be run: not yet, or it survived and no reason is given."""
+    return row is None or (not untried and verdict(row, known) == "survived")
+
+
 def page(rows: list[dict[str, Any]], known: dict[tuple[str, str], str]) -> str:
     """docs/mutants.md."""
     lines = [
@@ -321,6 +332,7 @@ def main() -> int:
     )
     p.add_argument("--jobs", type=int, default=1, help="processes, one core each (default 1)")
     p.add_argument("--fresh", action="store_true", help="run killed mutants again too")
+    p.add_argument("--untried", action="store_true", help="only mutants without a row; survivors are left as they are")
     p.add_argument("--list", action="store_true", help="say what would be run, and run nothing")
     p.add_argument("--results", type=Path, default=RESULTS, help="where rows are kept (default results/mutants.jsonl)")
     p.add_argument(
@@ -339,7 +351,7 @@ def main() -> int:
     todo = [
         (u, m) for u, m in alive.values()
         if (not args.method or u.name in args.method) and (not args.function or m.function in args.function)
-        and (args.fresh or recorded.get(m.key, {}).get("status") != "killed")
+        and (args.fresh or wanted(recorded.get(m.key), known, args.untried))
     ]  # fmt: skip
     if args.list:
         for u, m in todo:

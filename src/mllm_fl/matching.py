@@ -210,6 +210,12 @@ def class_gradients(
     return found
 
 
+def gradient_form(weight: Tensor, bias: Tensor) -> dict[str, Tree]:
+    """What :func:`class_gradients` answers under a head: for each class, both leaves or none. {class: leaves}, without values."""
+    leaves = {"weight": weight.detach().to("meta"), "bias": bias.detach().to("meta")}
+    return {f"{c}": {f"grad/{c}/{leaf}": v for leaf, v in leaves.items()} for c in range(len(bias))}
+
+
 def gathering(updates: Iterable[U], sums: Sums) -> Iterator[U]:
     """The updates as they pass, their gradients added up in ``sums`` (in place), so that memory does not grow with the clients."""
     for u in updates:

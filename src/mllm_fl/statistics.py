@@ -79,8 +79,8 @@ def ratio_weights(
     classes = len(changes)
     d = changes.reshape(classes, -1).double()
     top, owner = d.max(0)
-    others = d.abs().scatter(0, owner[None], 0).max(0).values if classes > 1 else torch.zeros_like(top)
-    speaks = (others <= dominance * top) & (top > 0)
+    others = d.abs().scatter(0, owner[None], 0).max(0).values
+    speaks = others <= dominance * top  # never where top < 0; where all are 0 it adds nothing
     weights = []
     for c in range(classes):
         mine = speaks & (owner == c)

@@ -86,12 +86,31 @@ def why_invalid(a: Mapping[str, Tensor], like: Mapping[str, Tensor], limit: floa
     """Why ``a`` cannot stand in for ``like``, or None: names, shapes, dtypes, NaN, Inf, |value| > ``limit``."""
     if a.keys() != like.keys():
         return f"names differ: {sorted(a.keys() ^ like.keys())[:3]}"
+    return _why_unlike(a, like) or why_not_finite({k: v for k, v in a.items() if v.dtype.is_floating_point}, limit)
+
+
+def why_of_another_form(a: Mapping[str, Tensor], form: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    """Why ``a`` does not have this form, or None; values are not looked at, so the form's leaves may be on the meta device.
+
+    ``form`` is {group: leaves}: the leaves of a group come together or not at all, those of the group "" always come, and there are no others.
+    """
+    leaves = {k: v for group in form.values() for k, v in group.items()}
+    if surplus := sorted(a.keys() - leaves.keys()):
+        return f"{surplus[0]}: not among what is sent"
+    for name, group in form.items():
+        missing = sorted(group.keys() - a.keys())
+        if missing and (name == "" or len(missing) < len(group)):
+            return f"{missing[0]}: missing"
+    return _why_unlike(a, leaves)
+
+
+def _why_unlike(a: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> str | None:
     for k, v in a.items():
         if v.shape != like[k].shape:
             return f"{k}: shape {tuple(v.shape)} instead of {tuple(like[k].shape)}"
         if v.dtype != like[k].dtype:
             return f"{k}: dtype {v.dtype} instead of {like[k].dtype}"
-    return why_not_finite({k: v for k, v in a.items() if v.dtype.is_floating_point}, limit)
+    return None
 
 
 def why_not_finite(a: Mapping[str, Tensor], limit: float = 1e6) -> str | None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Algorithm, Broadcast, FedAvg, Local, Server, Shard, Task, Update
+from mllm_fl.algorithms.base import Algorithm, Broadcast, FedAvg, Local, Server, Shard, Task, Update, empty_leaf
 from mllm_fl.algorithms.fedavgm import FedAvgM
 from mllm_fl.algorithms.scaffold import Scaffold
 from mllm_fl.conformance import toy
@@ -388,6 +388,32 @@ class SaysNothingInWords(SaysNothing):
 
 
 @dataclass(frozen=True)
+class SaysAnotherForm(SaysNothing):
+    """Declares four numbers and sends three."""
+
+    def upload_form(self, task: Task) -> dict[str, Tree]:
+        return {"": {"n": empty_leaf(4)}}
+
+
+@dataclass(frozen=True)
+class SurveysAtWill(Algorithm):
+    """Asks clients for numbers and does not say how many."""
+
+    concludes: ClassVar[bool] = True
+
+    def survey(self, task: Task, msg: Broadcast, shard: Shard) -> Tree:
+        return {"n": torch.ones(2)}
+
+
+@dataclass(frozen=True)
+class SurveysOtherwise(SurveysAtWill):
+    """Declares one number and answers two."""
+
+    def survey_form(self, task: Task) -> dict[str, Tree]:
+        return {"": {"n": empty_leaf(1)}}
+
+
+@dataclass(frozen=True)
 class HalfPrecision(Algorithm):
     """Averages in bfloat16 where passes run in it."""
 
@@ -481,6 +507,10 @@ OTHERS = [
     (DividesByOthers, "odd-clients", "with nothing but a client that has one image"),
     (SaysNothing, "bytes", "sends 12 bytes beyond weights, upload_bytes says 0"),
     (SaysNothingInWords, "bytes", "uploads says 'nothing', and 12 bytes are counted"),
+    (SaysNothing, "form", "clients send 'n' beside weights and upload_form does not say so"),
+    (SaysAnotherForm, "form", "an update as finish makes it is refused (n: shape (3,) instead of (4,))"),
+    (SurveysAtWill, "form", "clients answer 'n' and survey_form does not say so"),
+    (SurveysOtherwise, "form", "an answer as survey makes it is refused (n: shape (2,) instead of (1,))"),
     (HalfPrecision, "precision", "becomes torch.bfloat16"),
     (NeedsEveryGradient, "no-gradient", "KeyError in <dictcomp> (test_faults.py:"),
     (NotNeutral, "neutral", "a term does not vanish there"),

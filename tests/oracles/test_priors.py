@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from tests.oracles import plain
 
 from mllm_fl.algorithms.logitadjust import LogitAdjust
@@ -34,3 +35,18 @@ def test_the_server_sums_what_clients_have_sent() -> None:
         assert np.array_equal(msg.extra["counts"].numpy(), counts)
     assert not any(played.memory.values())
     assert play(LogitAdjust(prior="local"), world, 2, local=plain.LOCAL).sent[-1].extra == {}
+
+
+def test_shares_sum_to_one() -> None:
+    counts = torch.tensor([3.0, 0.0, 1.0])
+    assert LogitAdjust.shares({"counts": counts}).tolist() == [0.75, 0.0, 0.25]
+
+
+def test_a_local_prior_sends_nothing() -> None:
+    """Global: one float32 a class each way. Local: nothing, and no leaf is taken."""
+    task = plain.world().task
+    for method, size in ((LogitAdjust(), 12), (LogitAdjust(prior="local"), 0)):
+        assert method.upload_bytes(task, 2) == method.download_bytes(task) == size
+        assert bool(method.upload_form(task)) == (size > 0)
+    played = play(LogitAdjust(prior="local"), plain.world(), 1, local=plain.LOCAL)
+    assert [u.extra for u in played.updates[0]] == [{}, {}, {}]

@@ -16,7 +16,7 @@ in the ``w`` it is given, which belongs to that client alone).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -27,6 +27,11 @@ from mllm_fl.data.images import ImageSet
 from mllm_fl.losses import cross_entropy
 from mllm_fl.seeds import method_stream
 from mllm_fl.trees import Tree, weighted_mean
+
+
+def empty_leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A leaf of this shape and dtype without values or memory, to say a form with."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class Broadcast(NamedTuple):
@@ -164,6 +169,18 @@ class Algorithm:
     def download_bytes(self, task: Task) -> int:
         """Bytes that one client receives in a round beyond weights, once the server has all it needs; the suite counts them."""
         return 0
+
+    def upload_form(self, task: Task) -> Mapping[str, Tree] | None:
+        """What ``Update.extra`` may hold, as {group: leaves} of which names, shapes and dtypes count (``empty_leaf``); the suite compares.
+
+        The leaves of a group come together or not at all, those of the group "" always come. An update of another form is refused like one
+        with NaN. None: not declared, so that only NaN and Inf are refused. By default nothing may be sent, unless the method has a ``finish`` of its own.
+        """
+        return {} if type(self).finish is Algorithm.finish else None
+
+    def survey_form(self, task: Task) -> Mapping[str, Tree] | None:
+        """The same for what ``survey`` answers, if the method ``concludes``."""
+        return None
 
     def init(self, task: Task, w: Tree) -> Server:
         """The state before the first round."""

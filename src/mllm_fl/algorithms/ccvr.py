@@ -22,12 +22,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Algorithm, Broadcast, Server, Shard, Task
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Server, Shard, Task, empty_leaf
 from mllm_fl.descent import batches, descend
 from mllm_fl.errors import UserError
 from mllm_fl.losses import cross_entropy
 from mllm_fl.statistics import gaussian, moments, pooled_moments
-from mllm_fl.trees import Tree
+from mllm_fl.trees import Tree, prefixed
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class CCVR(Algorithm):
         """Once, not in every round."""
         width = task.net.get_parameter(task.head[0]).shape[1]
         return present * (8 + 4 * width + 4 * width**2) if self.samples else 0
+
+    def survey_form(self, task: Task) -> dict[str, Tree]:
+        width = task.net.get_parameter(task.head[0]).shape[1]
+        one = {"n": empty_leaf(1, dtype=torch.int64), "mean": empty_leaf(width), "cov": empty_leaf(width, width)}
+        return {f"{c}": prefixed(one, f"{c}/") for c in range(len(task.class_names))} if self.samples else {}
 
     def survey(self, task: Task, msg: Broadcast, shard: Shard) -> Tree:
         if self.samples == 0:

@@ -35,6 +35,7 @@ from mllm_fl.matching import (
     class_gradients,
     fresh_state,
     gathering,
+    gradient_form,
     match_and_retrain,
     prototype_contrast_gradient,
 )
@@ -76,6 +77,9 @@ class CLIP2FL(Algorithm):
     def download_bytes(self, task: Task) -> int:
         return sum(task.net.get_parameter(k).nbytes for k in task.head) if self.retrain else 0
 
+    def upload_form(self, task: Task) -> dict[str, Tree]:
+        return gradient_form(*(task.net.get_parameter(k) for k in task.head)) if self.retrain else {}
+
     def init(self, task: Task, w: Tree) -> Server:
         if not self.retrain:
             return Server(w=w)
@@ -88,32 +92,29 @@ class CLIP2FL(Algorithm):
 
     def begin(self, task: Task, msg: Broadcast, mine: Tree, shard: Shard) -> Tree:
         """CLIP's logits for ``objective`` and the gradients that ``finish`` sends, at w^t; neither is remembered."""
-        if self.alpha > 0:
-            if shard.teacher is None:
-                raise UserError("federate.algorithm", "CLIP2FL has no teacher's logits", "give [teacher], or alpha = 0")
-            mine = mine | {"each/teacher": shard.teacher}
+        if self.alpha > 0 and shard.teacher is None:
+            raise UserError("federate.algorithm", "CLIP2FL has no teacher's logits", "give [teacher], or alpha = 0")
+        taught: Tree = {"each/teacher": shard.teacher} if self.alpha > 0 and shard.teacher is not None else {}
         if not self.retrain:
-            return mine
+            return taught
         head = msg.extra["head/weight"], msg.extra["head/bias"]
 
         def feature_of(positions: list[int], draws: torch.Generator) -> Tensor:
             x = shard.x(positions).to(head[0])
             return task.forward(msg.w, siamese(x, draws) if self.dsa else x, train=False)[0]
 
-        return mine | class_gradients(shard.y, feature_of, shard.stream, *head, self.repeats, self.images)
+        return taught | class_gradients(shard.y, feature_of, shard.stream, *head, self.repeats, self.images)
 
     def objective(self, task: Task, w: Tree, msg: Broadcast, mine: Tree, x: Tensor, y: Tensor) -> Tensor:
         logits = task.forward(w, x)[1]  # eq. (1)
         if self.alpha == 0:
             return cross_entropy(logits, y)
-        return cross_entropy(logits, y) + self.alpha * distillation(
-            mine["each/teacher"].to(logits), logits, self.temperature
-        )
+        taught = distillation(mine["each/teacher"].to(logits), logits, self.temperature)
+        return cross_entropy(logits, y) + self.alpha * taught
 
     def finish(self, task: Task, local: Local, msg: Broadcast, mine: Tree) -> tuple[Update, Tree]:
-        update, kept = super().finish(task, local, msg, mine)
-        answers = {k: v for k, v in mine.items() if k.startswith("grad/")}
-        return update._replace(extra=answers), {k: v for k, v in kept.items() if k not in answers}
+        update, _ = super().finish(task, local, msg, mine)
+        return update._replace(extra=mine), {}
 
     def server(self, task: Task, s: Server, updates: Iterable[Update]) -> Server:
         if not self.retrain:
@@ -144,6 +145,5 @@ class CLIP2FL(Algorithm):
         return lambda f, y: self.contrast * prototype_contrast_gradient(f, y, *setting)
 
     def deploy(self, task: Task, s: Server) -> Tree:
-        if not self.retrain:
-            return s.w
-        return s.w | dict(zip(task.head, (s.extra["head/weight"], s.extra["head/bias"]), strict=True))
+        h = dict(zip(task.head, (s.extra["head/weight"], s.extra["head/bias"]), strict=True)) if self.retrain else {}
+        return s.w | h

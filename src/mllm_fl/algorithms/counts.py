@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Shard, Task, Update
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Shard, Task, Update, empty_leaf
 from mllm_fl.errors import UserError
 from mllm_fl.trees import Tree
 
@@ -36,6 +36,9 @@ class SharesCounts(Algorithm):
     def download_bytes(self, task: Task) -> int:
         return self.upload_bytes(task, 0)
 
+    def upload_form(self, task: Task) -> dict[str, Tree]:
+        return {"": {"counts": empty_leaf(len(task.class_names))}} if self.prior == "global" else {}
+
     def init(self, task: Task, w: Tree) -> Server:
         if self.prior == "local":
             return Server(w=w)
@@ -46,7 +49,7 @@ class SharesCounts(Algorithm):
 
     def begin(self, task: Task, msg: Broadcast, mine: Tree, shard: Shard) -> Tree:
         own = torch.bincount(shard.y, minlength=len(task.class_names)).float()
-        return mine | {"own": own, "counts": torch.maximum(msg.extra["counts"], own) if msg.extra else own}
+        return {"own": own, "counts": torch.maximum(msg.extra["counts"], own) if msg.extra else own}
 
     def finish(self, task: Task, local: Local, msg: Broadcast, mine: Tree) -> tuple[Update, Tree]:
         update, _ = super().finish(task, local, msg, mine)

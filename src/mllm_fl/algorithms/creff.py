@@ -32,7 +32,7 @@ from torch import Tensor
 from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Shard, Task, Update
 from mllm_fl.data.dsa import siamese
 from mllm_fl.errors import UserError
-from mllm_fl.matching import Sums, class_gradients, fresh_state, gathering, match_and_retrain
+from mllm_fl.matching import Sums, class_gradients, fresh_state, gathering, gradient_form, match_and_retrain
 from mllm_fl.trees import Tree, prefixed, under
 
 
@@ -71,6 +71,9 @@ class CReFF(Algorithm):
     def download_bytes(self, task: Task) -> int:
         return sum(task.net.get_parameter(k).nbytes for k in task.head) if self.retrain else 0
 
+    def upload_form(self, task: Task) -> dict[str, Tree]:
+        return gradient_form(*(task.net.get_parameter(k) for k in task.head)) if self.retrain else {}
+
     def init(self, task: Task, w: Tree) -> Server:
         if not self.retrain:
             return Server(w=w)
@@ -83,19 +86,18 @@ class CReFF(Algorithm):
     def begin(self, task: Task, msg: Broadcast, mine: Tree, shard: Shard) -> Tree:
         """The gradients that ``finish`` sends, at w^t, before any local step; they are not remembered."""
         if not self.retrain:
-            return mine
+            return {}
         head = msg.extra["head/weight"], msg.extra["head/bias"]
 
         def feature_of(positions: list[int], draws: torch.Generator) -> Tensor:
             x = shard.x(positions).to(head[0])
             return task.forward(msg.w, siamese(x, draws) if self.dsa else x, train=False)[0]
 
-        return mine | class_gradients(shard.y, feature_of, shard.stream, *head, self.repeats, self.images)
+        return class_gradients(shard.y, feature_of, shard.stream, *head, self.repeats, self.images)
 
     def finish(self, task: Task, local: Local, msg: Broadcast, mine: Tree) -> tuple[Update, Tree]:
-        update, kept = super().finish(task, local, msg, mine)
-        answers = {k: v for k, v in mine.items() if k.startswith("grad/")}
-        return update._replace(extra=answers), {k: v for k, v in kept.items() if k not in answers}
+        update, _ = super().finish(task, local, msg, mine)
+        return update._replace(extra=mine), {}
 
     def server(self, task: Task, s: Server, updates: Iterable[Update]) -> Server:
         if not self.retrain:
@@ -109,6 +111,5 @@ class CReFF(Algorithm):
         return replace(s, extra=kept)
 
     def deploy(self, task: Task, s: Server) -> Tree:
-        if not self.retrain:
-            return s.w
-        return s.w | dict(zip(task.head, (s.extra["head/weight"], s.extra["head/bias"]), strict=True))
+        h = dict(zip(task.head, (s.extra["head/weight"], s.extra["head/bias"]), strict=True)) if self.retrain else {}
+        return s.w | h

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Task, Update
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Task, Update, empty_leaf
 from mllm_fl.trees import Tree, weighted_mean
 
 
@@ -39,6 +39,9 @@ class FedNova(Algorithm):
 
     def upload_bytes(self, task: Task, present: int) -> int:
         return 8
+
+    def upload_form(self, task: Task) -> dict[str, Tree]:
+        return {"": {"a": empty_leaf(1, dtype=torch.float64)}}
 
     def finish(self, task: Task, local: Local, msg: Broadcast, mine: Tree) -> tuple[Update, Tree]:
         update, mine = super().finish(task, local, msg, mine)

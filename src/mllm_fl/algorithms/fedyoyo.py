@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Shard, Task, Update
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Shard, Task, Update, empty_leaf
 from mllm_fl.data.strong import DRAWS, strong_view
 from mllm_fl.errors import UserError
 from mllm_fl.losses import logit_adjusted
@@ -63,6 +63,9 @@ class FedYoYo(Algorithm):
 
     def download_bytes(self, task: Task) -> int:
         return 4 * len(task.class_names)
+
+    def upload_form(self, task: Task) -> dict[str, Tree]:
+        return {"": {"effective": empty_leaf(len(task.class_names))}}
 
     def init(self, task: Task, w: Tree) -> Server:
         return Server(w=w, extra={"effective": torch.zeros(len(task.class_names))})

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Task, Update
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Task, Update, empty_leaf
 from mllm_fl.errors import UserError
 from mllm_fl.trees import Tree, weighted_mean
 
@@ -41,6 +41,9 @@ class Scaffold(Algorithm):
 
     def download_bytes(self, task: Task) -> int:
         return self.upload_bytes(task, 0)
+
+    def upload_form(self, task: Task) -> dict[str, Tree]:
+        return {"": {k: empty_leaf(*p.shape, dtype=p.dtype) for k, p in task.net.named_parameters()}}
 
     def init(self, task: Task, w: Tree) -> Server:
         return Server(w=w, extra={k: torch.zeros_like(w[k]) for k in task.trainable})  # c

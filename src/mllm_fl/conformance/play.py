@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
 from mllm_fl.algorithms.base import Algorithm, Broadcast, Server, Task, Update
+from mllm_fl.algorithms.refusal import why_answer_refused, why_refused
 from mllm_fl.conformance.toy import World
 from mllm_fl.engines.checkpoint import load_checkpoint, save_checkpoint
 from mllm_fl.engines.local import LocalConfig, train_client
-from mllm_fl.trees import Tree, prefixed, under, why_invalid, why_not_finite
+from mllm_fl.trees import Tree, prefixed, under
 
 LOCAL = LocalConfig(epochs=2, batch_size=8, lr=0.05, augment="crop")
 Post = Callable[[int, Update], Update]
@@ -73,7 +72,7 @@ def play(
         accepted: list[Update] = []
         for k in sorted(replies):
             update = post(t, replies[k][0]) if post else replies[k][0]
-            if (t, k) in lost or why_rejected(update, msg.w):
+            if (t, k) in lost or why_refused(method, task, update, msg.w):
                 continue
             accepted.append(update)
             memory[k] = replies[k][1]
@@ -98,20 +97,13 @@ def concluded(method: Algorithm, world: World, state: Server) -> tuple[Server, d
         for k in range(len(world.clients))
         if len(world.clients[k])
     }
-    return method.conclude(world.task, state, ((k, answers[k]) for k in sorted(answers))), answers
+    good = [k for k in sorted(answers) if not why_answer_refused(method, world.task, answers[k])]
+    return method.conclude(world.task, state, ((k, answers[k]) for k in good)), answers
 
 
 def once(updates: Sequence[Update]) -> Iterator[Update]:
     """The updates as an engine hands them over: an iterator that can be read once."""
     yield from updates
-
-
-def why_rejected(u: Update, like: Mapping[str, torch.Tensor]) -> str | None:
-    """Why the round loop would drop this update, or None."""
-    if not 0 < u.weight < float("inf"):
-        return f"weight {u.weight}"
-    extras = {k: v for k, v in u.extra.items() if v.dtype.is_floating_point}
-    return why_invalid(u.w, like) or why_not_finite(extras, float("inf"))
 
 
 def through_a_file(state: Server, memory: Mapping[int, Tree]) -> tuple[Server, dict[int, Tree]]:

@@ -43,6 +43,7 @@ CHECKS: dict[str, Callable[[Row], str | None]] = {
     "global-random": state.no_global_random,
     "post-hoc": state.post_hoc,
     "bytes": wire.bytes_as_declared,
+    "form": wire.form_as_declared,
     "precision": wire.precisions,
     "two-classes": wire.two_classes,
     "thousand-classes": wire.a_thousand_classes,

@@ -9,18 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_fl.algorithms.base import Algorithm
+from mllm_fl.algorithms.refusal import why_answer_refused, why_refused
 from mllm_fl.conformance.checks import distance, sound
 from mllm_fl.conformance.play import LOCAL, play
 from mllm_fl.conformance.row import Row
+from mllm_fl.engines.local import train_client
 from mllm_fl.trees import nbytes
 
 
 def bytes_as_declared(row: Row) -> str | None:
-    """``upload_bytes`` and ``download_bytes`` are what is counted; the words are "nothing" exactly where nothing is."""
+    """``upload_bytes`` and ``download_bytes`` are what is counted, at the neutral value too; the words are "nothing" exactly where nothing is."""
+    up, down = 0, 0
+    for method in (row.plain, row.rich):
+        found = _counted(row, method)
+        if isinstance(found, str):
+            return found
+        up, down = found
+    for words, name, counted in ((row.method.uploads, "uploads", up), (row.method.downloads, "downloads", down)):
+        if (words == "nothing") != (counted == 0):
+            return f"{name} says {words!r}, and {counted} bytes are counted; say in words what they are"
+    return None
+
+
+def _counted(row: Row, method: Algorithm) -> str | tuple[int, int]:
+    """The most bytes that a client sends and receives beyond weights, or a sentence where they are not those declared."""
     world = row.world(classes=4, sizes=(14, 9, 3))
-    method, task = row.rich, world.task
-    played = play(method, world, rounds=3)
-    up = []
+    task, played, up = world.task, play(method, world, rounds=3), [0]
     for u in played.updates[-1]:
         present = len(set(world.clients[u.client].labels.tolist()))
         counted = nbytes(u.extra) + nbytes(played.answers.get(u.client, {}))
@@ -31,9 +46,28 @@ def bytes_as_declared(row: Row) -> str | None:
     down = nbytes(played.sent[-1].extra)
     if down != (said := method.download_bytes(task)):
         return f"a client receives {down} bytes beyond weights, download_bytes says {said}"
-    for words, name, counted in ((method.uploads, "uploads", max(up)), (method.downloads, "downloads", down)):
-        if (words == "nothing") != (counted == 0):
-            return f"{name} says {words!r}, and {counted} bytes are counted; say in words what they are"
+    return max(up), down
+
+
+def form_as_declared(row: Row) -> str | None:
+    """What clients send beside weights, and answer to a survey, is declared in its form, so that another form can be refused."""
+    world = row.world(classes=4, sizes=(14, 9, 3))
+    task = world.task
+    for method in (row.plain, row.rich):
+        msg = method.broadcast(method.init(task, world.w))
+        for k in range(len(world.clients)):
+            shard = world.shard(k, 1, method.needs)
+            u, answer = train_client(task, method, msg, {}, shard, LOCAL)[0], method.survey(task, msg, shard)
+            if u.extra and method.upload_form(task) is None:
+                return f"clients send {min(u.extra)!r} beside weights and upload_form does not say so: no wrong shape could be refused"
+            if said := why_refused(method, task, u, msg.w):
+                return f"an update as finish makes it is refused ({said}): upload_form says another form, or the weights are another's"
+            if answer and method.survey_form(task) is None:
+                return (
+                    f"clients answer {min(answer)!r} and survey_form does not say so: no wrong shape could be refused"
+                )
+            if said := why_answer_refused(method, task, answer):
+                return f"an answer as survey makes it is refused ({said}): survey_form says another form"
     return None
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mllm_fl.algorithms import find
 from mllm_fl.algorithms.base import Algorithm, FedAvg, Server, Shard, Task, Update
+from mllm_fl.algorithms.refusal import why_answer_refused, why_refused
 from mllm_fl.data.check import pixel_hashes
 from mllm_fl.data.federation import Federation
 from mllm_fl.data.images import ImageSet
@@ -42,7 +43,7 @@ from mllm_fl.runs import RunFolder, differences, read_json, read_rows
 from mllm_fl.seeds import numpy_stream
 from mllm_fl.stages.align import Aligner, delivered
 from mllm_fl.stages.server import ServerConfig
-from mllm_fl.trees import Tree, digest, nbytes, prefixed, under, why_invalid, why_not_finite
+from mllm_fl.trees import Tree, digest, nbytes, prefixed, under
 
 
 @dataclass(frozen=True)
@@ -190,22 +191,27 @@ def concluded(
     progress: Progress,
 ) -> Server:
     """The state after every client that has images was asked about the final model; what they sent is counted in survey.json."""
-    start, sent, msg = time.perf_counter(), 0, config.method.broadcast(state)
+    start, sent, refused, msg = time.perf_counter(), 0, 0, config.method.broadcast(state)
     asked = [
         Shard(k, state.round + 1, federation.client(k), task.seed) for k, held in enumerate(federation.clients) if held
     ]
 
     def answers() -> Iterator[tuple[int, Tree]]:
-        nonlocal sent
+        nonlocal sent, refused
         for i, (k, answer) in enumerate(engine.survey(msg, asked)):
             sent += nbytes(answer)
             progress(Event("survey", i + 1, len(asked), "all clients answer"))
-            yield k, answer
+            if reason := why_answer_refused(config.method, task, answer):
+                refused += 1
+                run.event("answer refused", client=k, reason=reason)
+            else:
+                yield k, answer
 
     state = config.method.conclude(task, state, answers())
     seconds = time.perf_counter() - start
     down = len(asked) * (nbytes(msg.w) + nbytes(msg.extra))
-    run.write_json("survey.json", {"clients": len(asked), "bytes_up": sent, "bytes_down": down, "seconds": seconds})
+    counted = {"clients": len(asked), "refused": refused, "bytes_up": sent, "bytes_down": down, "seconds": seconds}
+    run.write_json("survey.json", counted)
     return state
 
 
@@ -245,7 +251,7 @@ def _round(
                 return
             client_seconds += reply.seconds
             u = reply.update
-            reason = _why_rejected(u, msg.w, config.limit)
+            reason = why_refused(config.method, task, u, msg.w, config.limit)
             rows.append(
                 {
                     "round": t,
@@ -339,14 +345,6 @@ def _aggregated(config: FederateConfig, task: Task, state: Server, updates: Iter
             f"server failed in round {state.round + 1}: {type(e).__name__}: {e}",
             "its traceback is in events.jsonl; mend the cause, and the same command resumes",
         ) from e
-
-
-def _why_rejected(u: Update, like: Tree, limit: float) -> str | None:
-    if not (0 < u.weight < float("inf")):
-        return f"weight {u.weight}"
-    return why_invalid(u.w, like, limit) or why_not_finite(
-        {k: v for k, v in u.extra.items() if v.dtype.is_floating_point}, float("inf")
-    )
 
 
 def _finite(v: float | None) -> float | None:
