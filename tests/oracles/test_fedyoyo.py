@@ -7,7 +7,8 @@ import pytest
 import torch
 from tests.oracles import plain
 
-from mllm_fl.algorithms.fedyoyo import FedYoYo
+from mllm_fl.algorithms.fedyoyo import FedYoYo, smoothed, tamed
+from mllm_fl.conformance import toy
 from mllm_fl.conformance.play import play
 from mllm_fl.conformance.toy import World
 from mllm_fl.data.strong import DRAWS, strong_view
@@ -44,7 +45,7 @@ def federation(world: World, rounds: int, method: FedYoYo) -> tuple[plain.W, pla
             prior = (1 - method.gamma) * e_global / e_global.sum() + method.gamma * own
             order = torch.randperm(len(y), generator=stream(world.task.seed, "effective", t, k)).split(32)
             sent.append(effective(m * w["scale"], y, 3, [b.tolist() for b in order]))
-            ramp = min((t - 1) / method.warmup, 1.0)
+            ramp = min(t / method.warmup, 1.0)
             draws = torch.rand(len(y), DRAWS, generator=stream(world.task.seed, "strong", t, k))
             m_strong = strong_view(held[k], draws).double().numpy().mean((2, 3))
             shift = method.tau * np.log(np.maximum(prior, 1e-9))
@@ -70,19 +71,58 @@ def federation(world: World, rounds: int, method: FedYoYo) -> tuple[plain.W, pla
             sane = fresh[fresh <= 1e4]
             kept = np.where(fresh > 1e4, sane.mean(), fresh) if len(sane) else fresh
         else:
-            kept = 0.9 * kept + 0.1 * fresh
+            new = 0.9 * kept + 0.1 * fresh
+            kept = np.where(np.abs(new - kept) / kept > 100, kept, new)
     return w, kept
 
 
 @pytest.mark.parametrize("strong", [True, False])
 def test_three_rounds_in_numpy(strong: bool) -> None:
     world = plain.world()
-    method = FedYoYo(tau=0.8, gamma=0.3, strength=1.5, temperature=1.7, warmup=2, strong=strong)
+    method = FedYoYo(tau=0.8, gamma=0.3, strength=1.5, temperature=1.7, warmup=3, strong=strong)
     w, kept = federation(world, 4, method)
     played = play(method, world, 4, local=plain.LOCAL)
     plain.near(played.state.w, w, 3e-3 if strong else 1e-4)
     assert np.allclose(played.state.extra["effective"].numpy(), kept, rtol=1e-2)
     assert not any(played.memory.values())
+
+
+def test_exploding_numbers_by_hand() -> None:
+    """First: above 1e4 the mean of the others. Later: 0.9 old + 0.1 fresh, unless that is more than 100 times the old away."""
+    first = tamed(torch.tensor([1e4, 1.5e4, 4.0, 1e6]))
+    assert first.tolist() == [1e4, 5002.0, 4.0, 5002.0]
+    assert tamed(torch.tensor([2e4, 1e6])).tolist() == [2e4, 1e6]  # nothing to go by
+    old = torch.tensor([10.0, 10.0, 10.0, 1.0])
+    got = smoothed(old, torch.tensor([20.0, 10020.0, 1e6, 1000.0]))
+    assert torch.allclose(got, torch.tensor([11.0, 10.0, 10.0, 100.9]))  # 1001 over 10 is too much, 99.9 over 1 is not
+
+
+def test_a_class_of_exactly_two_does_not_take_the_prior() -> None:
+    """A client with two images of class 2, all that there are: e explodes in every round, and the prior stays near the shares."""
+    base, world = toy.images(12, seed=3, name="two"), plain.world()
+    held = [base.subset([*range(12), *range(12, 20)]), base.subset([0, 1, 2, 12, 13, 14, 24, 25])]
+    played = play(FedYoYo(strong=False), world.holding(held), 5, local=plain.LOCAL)
+    sent = [u.extra["effective"] for r in played.updates for u in r if u.client == 1]
+    assert all(float(e[2]) > 1e4 for e in sent)
+    assert all(float(msg.extra["prior"][2]) < 0.5 for msg in played.sent)
+
+
+def test_nobody_answers_in_the_first_round() -> None:
+    """All updates of round 1 are lost: the prior of round 2 is uniform again, not 0 / 0, and round 2 makes the first numbers."""
+    world = plain.world()
+    lost = {(1, k) for k in range(3)}
+    played = play(FedYoYo(strong=False), world, 3, local=plain.LOCAL, lost=lost)
+    assert played.sent[1].extra["prior"].tolist() == pytest.approx([1 / 3] * 3)
+    total = 1 + torch.stack([u.extra["effective"] for u in played.updates[1]]).sum(0)
+    assert torch.allclose(played.sent[2].extra["prior"], tamed(total) / tamed(total).sum())
+
+
+def test_the_distillation_grows_with_the_rounds() -> None:
+    """1 / warmup in the first round, 1 from round ``warmup`` on."""
+    world, method = plain.world(), FedYoYo(warmup=4)
+    msg = method.broadcast(method.init(world.task, world.w))
+    ramps = [float(method.begin(world.task, msg, {}, world.shard(0, t))["ramp"]) for t in (1, 2, 4, 9)]
+    assert ramps == [0.25, 0.5, 1.0, 1.0]
 
 
 def test_effective_numbers_by_loops_and_by_hand() -> None:
