@@ -19,6 +19,7 @@ OWNERS = {
     "datasets": ("data/hub.py",),
     "flwr": ("engines/flower.py",),
     "matplotlib": ("report/",),
+    "open_clip": ("models/teacher/openclip.py",),
     "openai": ("annotate/backends/openai.py",),
     "pydantic": ("annotate/schema.py",),
     "rich": ("console.py",),

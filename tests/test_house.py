@@ -264,6 +264,7 @@ print(json.dumps([seen, heavy]))
 CORE = ("data", "models", "algorithms", "engines", "stages", "runs", "config")
 ABSENT = (
     "tyro", "flwr", "openai", "matplotlib", "sklearn", "datasets", "pydantic", "rich", "pandas", "imagehash", "timm", "torchvision",
+    "open_clip",
 )  # fmt: skip
 
 

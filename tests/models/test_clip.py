@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from mllm_fl.data.digits import load_digits
 from mllm_fl.errors import UserError
 from mllm_fl.models.teacher.clip import BUNDLED, ClipTeacher, TeacherConfig, load_clip, load_teacher
+from mllm_fl.models.teacher.prompt_sets import SETS
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +139,82 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
 def test_templates_need_one_place_for_the_class() -> None:
     with pytest.raises(UserError, match=r"teacher.templates: 'a photo' needs exactly one \{\}"):
         TeacherConfig(templates=("a photo",))
+
+
+def test_prompt_sets_are_openais_lists() -> None:
+    """Counts and a few members; the 80 are distinct, and each prompt has one place for the class name."""
+    assert {k: len(v) for k, v in SETS.items()} == {"single": 1, "cifar18": 18, "imagenet80": 80}
+    for prompts in SETS.values():
+        assert len(set(prompts)) == len(prompts) and all(p.count("{}") == 1 for p in prompts)
+    assert "a low contrast photo of the {}." in SETS["cifar18"] and "a rendition of the {}." in SETS["imagenet80"]
+    assert TeacherConfig(templates=("single", "the {}")).prompts == ("a photo of a {}", "the {}")
+    with pytest.raises(UserError, match="'cifar19' needs exactly one {} for the class name; or name a set: single, "):
+        TeacherConfig(templates=("cifar19",))
+
+
+def test_an_ensemble_is_the_normalised_mean_of_its_normalised_prompts(mini: ClipTeacher) -> None:
+    asked = load_teacher(TeacherConfig(templates=("cifar18",)))
+    rows = mini.encode_texts([p.format("aquarium fish") for p in SETS["cifar18"]])
+    assert torch.allclose(asked.class_embeddings(["aquarium_fish"])[0], F.normalize(rows.mean(0), dim=0), atol=1e-6)
+
+
+def small_siglip(folder: Path, mini: ClipTeacher, act: str = "gelu_pytorch_tanh") -> str:
+    from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
+
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tower | {"vocab_size": len(mini.tokenizer), "max_position_embeddings": 12, "hidden_act": act}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SiglipModel(SiglipConfig(text_config=text, vision_config=tower | {"image_size": 16, "patch_size": 8}))
+    model.save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    mini.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_siglip_pads_texts_to_its_full_length_and_masks_nothing(mini: ClipTeacher, tmp_path: Path) -> None:
+    clip = load_clip(small_siglip(tmp_path, mini))
+    images = load_digits(16)[1].read(range(3))
+    ids = mini.tokenizer(["a photo of a one"], padding="max_length", max_length=12, return_tensors="pt")["input_ids"]
+    assert ids.shape == (1, 12)
+    text = F.normalize(clip.model.get_text_features(input_ids=ids).pooler_output, dim=1)
+    image = F.normalize(clip.model.get_image_features(pixel_values=images.float() / 127.5 - 1).pooler_output, dim=1)
+    expected = clip.model.logit_scale.exp() * image @ text.T
+    assert torch.allclose(clip.zero_shot(images, ["one"]), expected, atol=1e-4)
+    assert clip.fingerprint == load_clip(str(tmp_path)).fingerprint
+
+
+def test_two_activations_or_openais_weights_without_theirs_are_refused(mini: ClipTeacher, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="its activation is gelu_pytorch_tanh and quick_gelu; write the hidden_act"):
+        load_clip(small_siglip(tmp_path / "mixed", mini, "quick_gelu"))
+    shutil.copytree(BUNDLED / "mini-clip", tmp_path / "clip-vit-base-patch32")
+    with pytest.raises(UserError, match="its activation is gelu, but OpenAI's is quick_gelu"):
+        load_clip(str(tmp_path / "clip-vit-base-patch32"))
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("width", "size mismatch|cannot be loaded as CLIP"),
+        ("kind", "it is a bert"),
+        ("lack", "its weights lack 1 tensors of the network, visual_projection.weight"),
+    ],
+)
+def test_a_teacher_of_another_width_or_kind_or_without_all_weights_is_one_line(
+    tmp_path: Path, what: str, says: str
+) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(BUNDLED / "mini-clip", folder)
+    config = json.loads((folder / "config.json").read_text())
+    if what == "width":
+        config["projection_dim"] = 7
+    elif what == "kind":
+        config = {"model_type": "bert"}
+    else:
+        weights = load_file(folder / "model.safetensors")
+        del weights["visual_projection.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=says) as found:
+        load_clip(str(folder))
+    assert "\n" not in str(found.value)

@@ -1,7 +1,8 @@
-"""The CLIP teacher: any transformers CLIP by name, the bundled mini-CLIP by default. Frozen; used for q, the zero-shot output.
+"""The CLIP teacher: any CLIP or SigLIP of transformers by name, any of open_clip, the bundled mini-CLIP by default. Frozen; gives q, the zero-shot output.
 
 Radford et al. 2021, arXiv:2103.00020, §3.1: logits = exp(logit_scale) * cos(image, text), a class's text embedding being the
-normalised mean of its normalised prompt embeddings.
+normalised mean of its normalised prompt embeddings. SigLIP (Zhai et al. 2023, arXiv:2303.15343) adds one bias to all logits, which a softmax over classes does not
+see; it was trained by a sigmoid for each pair, so its q is a ranking of the classes more than a probability.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from torch import Tensor
 from mllm_fl.errors import UserError
 from mllm_fl.models.bridge import bridge_torchvision
 from mllm_fl.models.teacher.llava import quiet
+from mllm_fl.models.teacher.prompt_sets import SETS, SINGLE
 from mllm_fl.trees import digest
 
 BUNDLED = Path(__file__).parent / "bundled"
-PLAIN = ("a photo of a {}",)  # CLIP2FL's and the paper's; the bundled teacher brings its own
+PLAIN = SINGLE  # the bundled teacher brings its own
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """``[teacher]``: the CLIP that gives q. ``name``: "mini", a local folder, or a hub id.
+    """``[teacher]``: the CLIP that gives q. ``name``: "mini", a local folder or hub id of transformers' CLIP or SigLIP, or ``open_clip:MODEL/TAG``,
+    ``open_clip:local-dir:FOLDER``.
 
-    ``templates``: prompts with one ``{}`` for the class name; absent means the model's own, else "a photo of a {}".
+    ``templates``: prompts with one ``{}`` for the class name, or names of sets: "single" ("a photo of a {}"), "cifar18", "imagenet80" (OpenAI's
+    ensembles); absent means the model's own, else "single".
     ``keep_underscores``: class names as they are written, ``aquarium_fish``, as CLIP2FL's code has them; otherwise underscores are spaces.
     """
 
@@ -41,8 +45,14 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         for t in self.templates:
-            if t.count("{}") != 1:
-                raise UserError("teacher.templates", f"{t!r} needs exactly one {{}} for the class name")
+            if t.count("{}") != 1 and t not in SETS:
+                way_out = f"or name a set: {', '.join(SETS)}"
+                raise UserError("teacher.templates", f"{t!r} needs exactly one {{}} for the class name", way_out)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts of ``templates``, sets written out."""
+        return tuple(prompt for t in self.templates for prompt in SETS.get(t, (t,)))
 
 
 @dataclass(frozen=True)
@@ -107,13 +117,17 @@ class ClipTeacher:
 
         The same for one model wherever it lies and however its weights are cut into files.
         """
-        config, words = self.model.config.to_dict(), json.loads(self.tokenizer.backend_tokenizer.to_str())
-        network = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version", "dtype")}
-        words = {k: v for k, v in words.items() if k not in ("padding", "truncation")}  # these are of the last call
-        says = [self.templates, self.keep_underscores, self.processor.to_dict(), network, words]
+        says = [self.templates, self.keep_underscores, *self.parts()]
         h = hashlib.sha256(json.dumps(says, sort_keys=True, default=str).encode())
         h.update(digest(self.model.state_dict()).encode())
         return h.hexdigest()
+
+    def parts(self) -> list[Any]:
+        """Preprocessing, network and tokenizer as plain values."""
+        config, words = self.model.config.to_dict(), json.loads(self.tokenizer.backend_tokenizer.to_str())
+        network = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version", "dtype")}
+        words = {k: v for k, v in words.items() if k not in ("padding", "truncation")}  # these are of the last call
+        return [self.processor.to_dict(), network, words]
 
     def record(self) -> dict[str, Any]:
         """What a run notes about the teacher it used."""
@@ -122,20 +136,45 @@ class ClipTeacher:
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class SiglipTeacher(ClipTeacher):
+    """SigLIP: texts are padded to the tower's full length, as in its training, and nothing is masked."""
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        longest = self.model.config.text_config.max_position_embeddings
+        words = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
+        )
+        return F.normalize(self.model.get_text_features(input_ids=words["input_ids"]).pooler_output, dim=1)
+
+
 def load_teacher(config: TeacherConfig) -> ClipTeacher:
     """The CLIP of ``[teacher]`` with the prompts and the spelling of names that the table asks for."""
     clip = load_clip(config.name)
-    return replace(clip, templates=config.templates or clip.templates, keep_underscores=config.keep_underscores)
+    return replace(clip, templates=config.prompts or clip.templates, keep_underscores=config.keep_underscores)
 
 
 def load_clip(name: str = "mini") -> ClipTeacher:
-    """A CLIP by name: "mini" (bundled), a local folder in Hugging Face's layout, or a hub id.
+    """A CLIP or SigLIP by name: "mini" (bundled), a local folder in Hugging Face's layout, a hub id, or ``open_clip:...``.
 
     Raises:
-        UserError: no such folder or model, damaged weights, or a tokenizer whose end token breaks CLIP's text pooling.
+        UserError: no such folder or model, damaged weights or weights of another width, another kind of model, towers of two activations,
+            or a tokenizer whose end token breaks CLIP's text pooling.
     """
     bridge_torchvision()
-    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+    if name.startswith("open_clip:"):
+        from mllm_fl.models.teacher.openclip import load_open_clip
+
+        return load_open_clip(name)
+    from transformers import (
+        AutoConfig,
+        AutoTokenizer,
+        CLIPImageProcessorPil,
+        CLIPModel,
+        SiglipImageProcessorPil,
+        SiglipModel,
+    )
 
     folder = BUNDLED / "mini-clip" if name == "mini" else Path(name).expanduser()
     if name == "mini" and not (folder / "model.safetensors").exists():
@@ -148,19 +187,45 @@ def load_clip(name: str = "mini") -> ClipTeacher:
         )
     try:
         with quiet():
-            model = CLIPModel.from_pretrained(where, use_safetensors=True)
-            processor = CLIPImageProcessorPil.from_pretrained(where)
+            config = AutoConfig.from_pretrained(where)
+            siglip = config.model_type == "siglip"
+            if config.model_type not in ("clip", "siglip"):
+                raise ValueError(f"it is a {config.model_type}, not a clip or siglip")
+            loaded = (SiglipModel if siglip else CLIPModel).from_pretrained(
+                where, use_safetensors=True, output_loading_info=True
+            )
+            processor = (SiglipImageProcessorPil if siglip else CLIPImageProcessorPil).from_pretrained(where)
             tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as e:
         why = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
         raise UserError(
             "teacher.name", f"{name}: cannot be loaded as CLIP ({why})", "check the folder, or be online for a hub id"
         ) from e
-    _check_end(name, model.config.text_config, tokenizer)
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        problem = f"{name}: its weights lack {len(missing)} tensors of the network, {missing[0]} for one"
+        raise UserError("teacher.name", problem, "fetch the whole model")
+    _check_activation(name, model.config)
+    if not siglip:
+        _check_end(name, model.config.text_config, tokenizer)
     model.eval().requires_grad_(False)
     prompts = folder / "templates.txt"
     templates = tuple(prompts.read_text(encoding="utf-8").split("\n")[:-1]) if local and prompts.exists() else PLAIN
-    return ClipTeacher(name, model, processor, tokenizer, templates)
+    return (SiglipTeacher if siglip else ClipTeacher)(name, model, processor, tokenizer, templates)
+
+
+def _check_activation(name: str, config: Any) -> None:
+    """Refuse towers of two activations, and OpenAI's weights without theirs: QuickGELU, x sigmoid(1.702 x); with another they answer, only worse."""
+    acts = {config.text_config.hidden_act, config.vision_config.hidden_act}
+    theirs = name.startswith("openai/") or Path(name).name.startswith("clip-vit-")
+    if len(acts) > 1 or (theirs and acts != {"quick_gelu"}):
+        raise UserError(
+            "teacher.name",
+            f"{name}: its activation is {' and '.join(sorted(acts))}"
+            + (", but OpenAI's is quick_gelu" if theirs else ""),
+            "write the hidden_act that it was trained with into its config.json",
+        )
 
 
 def _check_end(name: str, text: Any, tokenizer: Any) -> None:
