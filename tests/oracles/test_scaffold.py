@@ -29,7 +29,7 @@ def test_three_rounds_in_numpy(control: float) -> None:
             for _ in range(plain.STEPS):
                 g = plain.slope(plain.on(plain.ce, m, y), v)
                 v = {n: v[n] - plain.LR * (g[n] + control * (c[n] - mine[k][n])) for n in v}
-            new = {n: mine[k][n] - c[n] + (w[n] - v[n]) / (plain.STEPS * plain.LR) for n in v}
+            new = {n: control * (mine[k][n] - c[n]) + (w[n] - v[n]) / (plain.STEPS * plain.LR) for n in v}
             change.append({n: new[n] - mine[k][n] for n in v})
             local.append(v)
             mine[k] = new
@@ -40,6 +40,22 @@ def test_three_rounds_in_numpy(control: float) -> None:
     plain.near(played.state.w, w)
     plain.near(played.state.extra, c)
     plain.near(played.memory[0], mine[0])
+
+
+@pytest.mark.parametrize("control", [1.0, 0.4])
+def test_the_variate_is_the_clients_mean_gradient(control: float) -> None:
+    """Whatever the strength: what a client remembers is the mean of the gradients of its own loss along its steps."""
+    world = plain.world()
+    played = play(Scaffold(control=control), world, 2, local=plain.LOCAL)
+    again = play(Scaffold(control=control), world, 1, local=plain.LOCAL)
+    m, y = plain.seen(world.clients[0])
+    v, c, mine = plain.of(again.state.w), plain.of(again.state.extra), plain.of(again.memory[0])
+    total = {n: 0 * g for n, g in v.items()}
+    for _ in range(plain.STEPS):
+        g = plain.slope(plain.on(plain.ce, m, y), v)
+        total = {n: total[n] + g[n] / plain.STEPS for n in v}
+        v = {n: v[n] - plain.LR * (g[n] - control * (mine[n] - c[n])) for n in v}
+    plain.near(played.memory[0], total, 1e-4)
 
 
 def test_the_servers_variate_is_summed_in_float64() -> None:

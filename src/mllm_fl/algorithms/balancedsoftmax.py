@@ -7,6 +7,7 @@ its meta-sampler is left out.
 
 The paper is centralised; n_c are the federation's counts as far as known (``counts.py``), or the client's own. A class that nobody is known to have drops out of the sum: with
 ``prior = "local"`` that is every class the client lacks, and their rows of the classifier get no gradient. ``power`` 1 is the paper's, 0 is FedAvg.
+log n_c and log n_c / N differ by a constant: at power 1 and with the global prior this *is* logit adjustment at tau 1, up to classes that nobody is known to have.
 """
 
 from __future__ import annotations

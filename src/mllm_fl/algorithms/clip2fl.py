@@ -10,7 +10,7 @@ CReFF (arXiv:2204.13399) with a frozen CLIP at both ends; see creff.py for its r
 clip: the teacher's zero-shot logits on a client's un-augmented images, constants; t_c: its unit text embeddings. PCL runs over the features of all
 classes, so that those of classes unseen in a round move too. Numbers are those of the authors' code as of May 2024.
 
-What we changed: CReFF's list; the teacher sees an image once, not once per batch; underscores in class names are spaces (theirs stay:
+What we changed: CReFF's list; CLIP's logits have the model's own learned scale (theirs a fixed 100, which OpenAI's weights learned too); the teacher sees an image once, not once per batch; underscores in class names are spaces (theirs stay:
 ``teacher.keep_underscores``). Their student has a linear adapter to CLIP's width: set ``model.adapter = "linear"`` and ``adapter_dim`` to the texts' width.
 
 Doubts: CReFF's; alpha was 2 until May 2024 and contrast 0.5 until April 2024 in their code, after the paper, whose tables may be of either.

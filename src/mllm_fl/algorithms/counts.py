@@ -1,7 +1,7 @@
 """What methods have in common whose clients share their label histograms: the server's estimate of the global prior.
 
 Not a method. A client sends its counts n_kc, one number a class, once a visit; the server keeps the last counts of every client seen so far and
-broadcasts their sum. A client that finds a class of its own missing there (before the server has seen it) takes its own count.
+broadcasts their sum. A client takes the larger of that sum and its own count, class by class (its own are not in the sum before its first answer).
 """
 
 from __future__ import annotations

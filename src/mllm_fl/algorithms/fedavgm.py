@@ -4,11 +4,11 @@ Hsu, Qi, Brown: Measuring the Effects of Non-Identical Data Distribution for Fed
 arXiv:1909.06335, section 4.3.
 
     v <- momentum v + sum_k p_k (w_k - w^t),   w^{t+1} = w^t + server_lr v
-    (ema)  v <- momentum v + (1 - momentum) sum_k p_k (w_k - w^t)
+    (ema)  v <- momentum v + (1 - momentum) sum_k p_k (w_k - w^t),   from v = the first change
 
 v runs over trainable parameters; BatchNorm's statistics are averaged as in FedAvg (FedDF's code does the same). CReFF's options name
 0.97 without saying which form: undamped that is a steady gain of 33 and tends to diverge. Default 0.9 undamped, Hsu's own value; ``form``
-"ema" is FedBE's code.
+"ema" is FedBE's code, which starts at full speed too, after some rounds of plain FedAvg, and passes BatchNorm's statistics through v.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class FedAvgM(Algorithm):
     def server(self, task: Task, s: Server, updates: Iterable[Update]) -> Server:
         mean = super().server(task, s, updates).w
         change = {k: mean[k] - s.w[k] for k in s.extra}
-        share = 1 - self.momentum if self.form == "ema" else 1.0
+        begun = any(bool(v.any()) for v in s.extra.values())
+        share = 1 - self.momentum if self.form == "ema" and begun else 1.0
         v = {k: self.momentum * s.extra[k] + share * change[k] for k in s.extra}
         moved = {
             k: mean[k] + (self.server_lr * v[k] - change[k]) for k in v

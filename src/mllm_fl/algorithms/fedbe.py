@@ -8,7 +8,8 @@ Chen, Chao: FedBE: Making Bayesian Model Ensemble Applicable to Federated Learni
     student starts at FedAvg's mean, SGD on KL( target || student ); the next model is the average of its later steps (SWA)
 
 Follows the released code where it says more than the paper (normalised updates, variance 0.1, momentum 0.9, weight decay 1e-5, and the loss as a mean over *elements*, 1/C of the batch mean).
-What we change: at most 100 steps a round in place of 20 epochs, so SWA starts at half of them, every 5 steps; BatchNorm statistics
+What we change: at most 100 steps a round in place of 20 epochs (1,560 steps), so SWA starts at half of them, every 5 steps, and the weights hardly leave FedAvg's mean (about
+100 lr / (1 - 0.9) / C times the gradient): what then moves fully are BatchNorm's statistics, towards the unlabelled images; BatchNorm statistics
 of a sample are FedAvg's; the variance's floor applies only where clients differ at all, so that identical clients give samples equal to them (their
 floor would add noise of 0.1 sqrt(1e-5) r even then); the averaged student's statistics are taken from its own last step rather than from another pass.
 """

@@ -5,7 +5,8 @@ arXiv:1812.06127, Algorithm 2 and eq. (2).
 
     client k minimises  F_k(w) + (mu / 2) ||w - w^t||^2,   else FedAvg
 
-We change nothing: the norm is squared and runs over trainable parameters only, never over BatchNorm statistics.
+What we change: clients are drawn uniformly and weighted by n_k as everywhere here (the paper draws them by n_k and weighs them alike). The norm is squared and
+runs over trainable parameters only, never over BatchNorm statistics.
 """
 
 from __future__ import annotations

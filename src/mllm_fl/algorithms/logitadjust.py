@@ -6,7 +6,7 @@ with the client's own prior it is close to the calibration of Zhang et al. 2022 
     client k minimises CE(logits + tau log prior, y),   prior = counts of the federation (global) or of the client (local)
 
 The paper is centralised. Ours: the global prior is the sum of the label counts that clients seen so far have sent (``counts.py``), so its first round
-knows only the client's own. tau = 1 as in the paper. A class with prior zero is shut off by log 1e-9.
+knows only the client's own. tau = 1 as in the paper; with the global prior that is balanced softmax at power 1, up to classes that nobody is known to have. A class with prior zero is shut off by log 1e-9.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ Wang, Xu, Wang, Zhu: Addressing Class Imbalance in Federated Learning, 2021, arX
     how the copies' classifiers moved tells how rare each class has been (``statistics.ratio_weights``, its monitor);
     next round every client minimises  -(alpha + beta R_y) log p_y,  batch mean, not renormalised
 
-In the first round all weights are 1. Its monitor trains as long as a client does: ``steps`` steps at ``lr``, one mini-batch being all of a class's images (64 there, 32 here, held out from the
-training images that no client holds). Theirs trains clients and monitor alike with lr 1e-3, momentum 0.9, weight decay 5e-4;
+In the first round all weights are 1. What we change: the copies start from w^{t+1}, on which the weights will be used; theirs start from w^t, before the clients are averaged. The monitor trains as long
+as a client does: ``steps`` steps at ``lr``, one mini-batch being all of a class's images (64 there, 32 here, from the training images that no client holds; of a class that the long
+tail keeps whole, from the clients' own). Theirs trains clients and monitor alike with lr 1e-3, momentum 0.9, weight decay 5e-4;
 in this protocol both use plain SGD 0.1. R can be large: ``normalise`` divides the weights by their mean (a variant, off).
 """
 

@@ -3,11 +3,11 @@
 Karimireddy, Kale, Mohri, Reddi, Stich, Suresh: SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, 2020,
 arXiv:1910.06378, Algorithm 1, option II.
 
-    client:  w_k <- w_k - lr (g_k(w_k) - c_k + c),   c_k+ = c_k - c + (w^t - w_k) / (K_k lr)
+    client:  w_k <- w_k - lr (g_k(w_k) - s (c_k - c)),   c_k+ = s (c_k - c) + (w^t - w_k) / (K_k lr),   s = ``control``, 1 in the paper
     server:  w <- w + sum_k p_k (w_k - w),   c <- c + (|S| / N) mean_k (c_k+ - c_k)
 
-What we change: the model's mean is weighted by n_k as everywhere here (the paper's is uniform), BatchNorm's statistics are averaged. With local momentum or weight
-decay the variate is no longer a mean gradient; the method then needs plain SGD and says so. The memory c_k starts at zero.
+What we change: the model's mean is weighted by n_k as everywhere here (the paper's is uniform), BatchNorm's statistics are averaged. With local momentum the
+variate is no longer a mean gradient; the method then needs plain SGD and says so. The memory c_k starts at zero. Any s keeps c_k+ the client's mean gradient.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Scaffold(Algorithm):
         update, _ = super().finish(task, local, msg, mine)
         old = {k: mine.get(k, torch.zeros_like(msg.extra[k])) for k in task.trainable}
         reach = local.steps * local.lr
-        new = {k: old[k] - msg.extra[k] + (msg.w[k] - local.w[k]) / reach for k in old}  # option II
+        new = {k: self.control * (old[k] - msg.extra[k]) + (msg.w[k] - local.w[k]) / reach for k in old}  # option II
         return update._replace(extra={k: new[k] - old[k] for k in old}), new
 
     def server(self, task: Task, s: Server, updates: Iterable[Update]) -> Server:

@@ -16,7 +16,7 @@ def strong_view(x: Tensor, u: Tensor) -> Tensor:
     """The images (n, 3, h, w), each changed by its row of ``u`` (n, DRAWS), uniform in [0, 1). Shape (n, 3, h, w).
 
     In this order: brightness + (u - 0.5), saturation times 2u about the grey value, contrast times u + 0.5 about the mean; rotation within 30
-    degrees, scale within 1/1.2 .. 1.2 per axis, shear within 0.3; a square of half the side set to 0, the mean colour, its centre anywhere.
+    degrees, scale within 1/1.2 .. 1.2 per axis, shear within 0.3; left to right with probability 1/2; a square of half the side set to 0, the mean colour, its centre anywhere.
     The colour ranges are those of DSA (Zhao & Bilen 2021, arXiv:2102.08259), the square is Cutout's (arXiv:1708.04552). Zero fills what turns in.
     """
     n, _, height, width = x.shape
