@@ -17,6 +17,7 @@ CORE = {"PIL", "filelock", "numpy", "pyarrow", "safetensors", "torch"}
 """Present wherever the package runs, so importable from every file (filelock comes with torch)."""
 OWNERS = {
     "datasets": ("data/hub.py",),
+    "cryptography": ("deployment/certificates.py", "deployment/doctor.py"),
     "flwr": ("engines/flower.py",),
     "matplotlib": ("report/",),
     "open_clip": ("models/teacher/openclip.py",),

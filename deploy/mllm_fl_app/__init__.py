@@ -1,0 +1,1 @@
+"""mllm-fl as a Flower app."""

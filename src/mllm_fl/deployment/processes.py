@@ -1,0 +1,201 @@
+"""Flower's long-lived processes, kept alive: a SuperLink and SuperNodes that come back after every kill, until they are told to stop.
+
+A SuperNode that was killed is refused by the SuperLink for up to a minute, because it is still held to be online; it is started again until it is taken. What Flower
+says goes to a log beside it; what a person has to know is one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mllm_fl.deployment.layout import QUIET, Layout, Node
+from mllm_fl.errors import UserError
+
+Say = Callable[[str], None]
+FIRST, LONGEST = 3.0, 15.0  # seconds before a process is started again; doubled up to the second
+SIGNS = (  # words in Flower's logs -> what they mean for the person who reads the one line
+    ("could not be activated", "the server still holds this site's last process to be online; trying again"),
+    (
+        "Failed to activate SuperNode",
+        "the server does not take this site (key not registered, or its last process still held to be online); trying again",
+    ),
+    ("must be registered", "this site's key is not registered; on the server: mllm-fl deploy register"),
+    ("certificate has expired", "the server's certificate has expired; on the server: mllm-fl deploy renew"),
+    ("certificate is not yet valid", "the server's certificate is not valid yet: a clock is wrong"),
+    ("CERTIFICATE_VERIFY_FAILED", "the server's certificate is not signed by this site's ca.crt"),
+    ("Address already in use", "the port is taken by another process"),
+    ("address already in use", "the port is taken by another process"),
+    ("timestamp", "the clocks of this site and the server differ by more than the server accepts"),
+)
+
+
+def environment(home: Path) -> dict[str, str]:
+    """For every process of Flower: quiet, its files in ``home``, and its own commands found."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {"OMP_NUM_THREADS": "1", **os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
+
+
+def program(name: str) -> str:
+    """The path of one of Flower's commands, of this interpreter's environment first.
+
+    Raises:
+        UserError: Flower is not installed.
+    """
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        raise UserError(name, "is not installed here", "pip install 'mllm-fl[flower]'")
+    return found
+
+
+class Kept:
+    """One process that is started again whenever it ends. Used as a context manager; leaving it ends the process and all its children."""
+
+    def __init__(
+        self, name: str, argv: Sequence[str], env: dict[str, str], log: Path, say: Say, cwd: Path | None = None
+    ) -> None:
+        self.name, self.argv, self.env, self.log, self.say, self.cwd = name, list(argv), env, log, say, cwd
+        self.process: subprocess.Popen[bytes] | None = None
+        self.starts = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def __enter__(self) -> Kept:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it: SIGTERM to its group, SIGKILL after ten seconds."""
+        self._stop.set()
+        if self.process is not None:
+            end(self.process)
+        self._thread.join(15)
+
+    def wait(self) -> None:
+        """Until :meth:`stop` is called."""
+        while not self._stop.wait(0.5):
+            pass
+
+    def _run(self) -> None:
+        pause, said = FIRST, ""
+        while not self._stop.is_set():
+            began, at = time.monotonic(), self.log.stat().st_size if self.log.exists() else 0
+            with open(self.log, "ab") as log:
+                self.process = subprocess.Popen(
+                    self.argv, env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=self.cwd,
+                    start_new_session=True,
+                )  # fmt: skip
+            self.starts += 1
+            if self._stop.is_set():
+                end(self.process)
+            status = self.process.wait()
+            end(self.process)  # its children, where it was killed
+            if self._stop.is_set():
+                return
+            pause = FIRST if time.monotonic() - began > 60 else min(2 * pause, LONGEST)
+            why = self._why(at) or (f"ended by signal {-status}" if status < 0 else f"ended with status {status}")
+            if why != said:
+                self.say(f"{self.name}: {why} (log: {self.log})")
+                said = why
+            self._stop.wait(pause)
+
+    def _why(self, at: int) -> str:
+        with contextlib.suppress(OSError), open(self.log, "rb") as f:
+            f.seek(at)
+            text = f.read().decode(errors="replace")
+            return next((meaning for sign, meaning in SIGNS if sign in text), "")
+        return ""
+
+
+def end(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
+    """End a process that was started in a session of its own, with everything that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGTERM)
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        process.poll()
+        try:
+            os.killpg(process.pid, 0)
+        except (ProcessLookupError, PermissionError):
+            return
+        time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+
+
+def superlink(made: Layout, say: Say) -> Kept:
+    """The server's SuperLink, with TLS, node keys and a database.
+
+    Raises:
+        UserError: Flower is not installed, or the port is taken.
+    """
+    if taken(made.bind, made.port):
+        raise UserError(
+            f"{made.bind}:{made.port}",
+            "the port is taken by another process",
+            "stop it, or change port in federation.toml and each node.toml",
+        )
+    s = made.server
+    argv = [
+        program("flower-superlink"), "--host", made.bind, "--port", str(made.port),
+        "--ssl-ca-certfile", str(s / "ca.crt"), "--ssl-certfile", str(s / "server.crt"), "--ssl-keyfile", str(s / "server.key"),
+        "--enable-supernode-auth", "--database", str(s / "state.db"), "--disable-runtime-dependency-installation",
+    ]  # fmt: skip
+    return Kept("superlink", argv, environment(s / "home"), s / "superlink.log", say, cwd=made.folder)
+
+
+def supernode(node: Node, say: Say) -> Kept:
+    """One site's SuperNode."""
+    folder = node.folder
+    argv = [
+        program("flower-supernode"), "--superlink", f"{node.host}:{node.port}",
+        "--root-certificates", str(folder / "ca.crt"), "--auth-supernode-private-key", str(folder / "key"),
+        "--host", "127.0.0.1", "--port", str(node.runtime_port), "--node-config", node.node_config(),
+    ]  # fmt: skip
+    return Kept(node.site, argv, environment(folder / "home"), folder / "supernode.log", say, cwd=folder)
+
+
+def worker(node: Node, say: Say) -> Kept:
+    """One site's process that stays, beside its SuperNode."""
+    code = "import pathlib, sys; from mllm_fl.deployment.worker import serve; serve(pathlib.Path(sys.argv[1]))"
+    argv = [sys.executable, "-c", code, str(node.config["state"])]
+    return Kept(
+        f"{node.site} worker", argv, environment(node.folder / "home"), node.folder / "worker.log", say, cwd=node.folder
+    )
+
+
+def taken(host: str, port: int) -> bool:
+    """Whether something listens there already."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((host, port))
+        except OSError:
+            return True
+    return False
+
+
+def free_ports(count: int) -> list[int]:
+    """So many ports of the loopback that nobody listens on now."""
+    with contextlib.ExitStack() as open_ones:
+        found = []
+        for _ in range(count):
+            s = open_ones.enter_context(socket.socket())
+            s.bind(("127.0.0.1", 0))
+            found.append(int(s.getsockname()[1]))
+    return found
