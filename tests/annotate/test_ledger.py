@@ -28,7 +28,9 @@ def test_an_answer_is_found_again_and_never_asked_or_replaced(tmp_path: Path) ->
     with Ledger(tmp_path / "l.sqlite") as again:
         assert again.answers(KEYS) == {KEYS[0]: ("yes", "no")}
         assert again.claim(KEYS[:2]) == KEYS[1:2]
-        assert again.usage(KEYS) == {"prompt_tokens": 3, "completion_tokens": 2, "seconds": 0.5, "attempts": 1}
+        assert again.usage(KEYS) == {
+            "prompt_tokens": 3, "completion_tokens": 2, "seconds": 0.5, "attempts": 1, "cost": None
+        }  # fmt: skip
 
 
 def test_a_failure_is_remembered_asked_again_and_never_an_answer(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     db.execute("PRAGMA user_version = 9")
     db.execute("CREATE TABLE answers (x)")
     db.close()
-    with pytest.raises(UserError, match="ledger of version 9, this program writes version 1"):
+    with pytest.raises(UserError, match="ledger of version 9, this program writes version 2"):
         Ledger(path)
     (tmp_path / "text").write_text("no database, but a long enough text to be looked at as if it were one" * 9)
     with pytest.raises(UserError, match="cannot be used as a ledger"):

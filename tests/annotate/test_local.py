@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.tiny_llava import save_tiny
 
-from mllm_fl.annotate.backends.base import Request
+from mllm_fl.annotate.backends.base import Request, png
 from mllm_fl.annotate.backends.local import LocalBackend, identity
 from mllm_fl.annotate.ledger import Entry
 from mllm_fl.errors import UserError
@@ -29,7 +29,7 @@ def requests() -> list[Request]:
     draws = torch.Generator().manual_seed(0)
     questions = [("which character is this ?", "is it narrow or wide ?"), ("what is in the picture ?",)]
     return [
-        Request(torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=draws), questions[i % 2])
+        Request(png(torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=draws)), questions[i % 2])
         for i in range(5)
     ]
 

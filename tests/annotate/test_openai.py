@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_fl.annotate.backends.base import Request
+from mllm_fl.annotate.backends.base import Request, png
 from mllm_fl.annotate.backends.openai import OpenAIBackend
 from mllm_fl.annotate.ledger import Entry
 from mllm_fl.errors import UserError
@@ -94,8 +94,8 @@ def backend(server: Server, **options: Any) -> OpenAIBackend:
 
 def ask(chosen: OpenAIBackend, n: int = 1, questions: tuple[str, ...] = ("what?",)) -> list[Entry]:
     out: dict[int, Entry] = {}
-    image = torch.arange(3 * 20 * 10, dtype=torch.uint8).view(3, 20, 10)
-    chosen.answer([Request(image, questions, "be brief")] * n, lambda got: out.update(got))
+    image = png(torch.arange(3 * 20 * 10, dtype=torch.uint8).view(3, 20, 10))
+    chosen.answer([Request(image, questions, "be brief")] * n, lambda got: out.update(x for x in got if not x[1].partial))
     return [out[i] for i in range(n)]
 
 
@@ -105,7 +105,7 @@ def test_question_picture_and_system_arrive_and_the_answer_comes_back(
     monkeypatch.setenv("MY_KEY", "secret")
     (entry,) = ask(backend(server, api_key_env="MY_KEY", max_side=10), questions=("what?", "where?"))
     assert entry.texts == ("echo: what?", "echo: where?")
-    assert (entry.prompt_tokens, entry.completion_tokens, entry.error) == (20, 8, None)
+    assert (entry.prompt_tokens, entry.completion_tokens, entry.requests, entry.error) == (10, 4, 1, None)
     sent = server.seen[0]
     assert (sent["model"], sent["temperature"], sent["key"]) == ("m", 0.0, "Bearer secret")
     assert sent["messages"][0] == {"role": "system", "content": "be brief"}

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from PIL import Image
 from mllm_fl.annotate.backends.base import Deliver, Request
 from mllm_fl.annotate.corpus import Corpus
 from mllm_fl.annotate.ledger import Entry
+from mllm_fl.data.decode import to_rgb
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, silent
 from mllm_fl.stages.annotate import AnnotateConfig, annotate
@@ -37,7 +38,7 @@ class Stub:
     def parameters(self) -> dict[str, Any]:
         return {"stub": True}
 
-    def answer(self, requests: Sequence[Request], deliver: Deliver) -> None:
+    def answer(self, requests: Iterable[Request], deliver: Deliver) -> None:
         for i, r in enumerate(requests):
             self.calls += 1
             said = self.at(self.calls)
@@ -46,7 +47,7 @@ class Stub:
             entry = (
                 Entry(error=said)
                 if said
-                else Entry(tuple(f"{q} {r.image.float().mean():.1f}" for q in r.questions), None, 5, 3, 0.1)
+                else Entry(tuple(f"{q} {np.mean(to_rgb(r.image)):.1f}" for q in r.questions), None, 5, 3, 0.1)
             )
             deliver([(i, entry)])
 
@@ -74,7 +75,7 @@ def test_every_picture_gets_every_kind_and_the_card_counts_them(whole: Path) -> 
     assert len(corpus.records[1].answers) == 3
     assert corpus.pixels().shape == (7, 3, 16, 16)
     assert corpus.card["kinds"]["caption"] | {"prompt": ""} == {
-        "prompt": "", "ok": 7, "failed": 0, "prompt_tokens": 35, "completion_tokens": 21, "seconds": pytest.approx(0.7), "attempts": 7
+        "prompt": "", "ok": 7, "failed": 0, "prompt_tokens": 35, "completion_tokens": 21, "seconds": pytest.approx(0.7), "attempts": 7, "cost": None
     }  # fmt: skip
     assert len((whole / "scenes.jsonl").read_text().splitlines()) == 7
 
@@ -147,8 +148,8 @@ def test_failures_are_counted_not_served_and_asked_again_on_request(tmp_path: Pa
 
 def test_empty_answers_and_image_tokens_in_answers_are_failures(tmp_path: Path) -> None:
     class Odd(Stub):
-        def answer(self, requests: Sequence[Request], deliver: Deliver) -> None:
-            deliver([(i, Entry(("  ", "<image>", "fine")[i % 3 : i % 3 + 1])) for i in range(len(requests))])
+        def answer(self, requests: Iterable[Request], deliver: Deliver) -> None:
+            deliver([(i, Entry(("  ", "<image>", "fine")[i % 3 : i % 3 + 1])) for i, _ in enumerate(requests)])
 
     corpus = annotate(replace(CONFIG, images=3, kinds=("caption",)), tmp_path, backend=Odd())
     assert [r.answers for r in corpus.records] == [("fine",)]

@@ -1,9 +1,9 @@
-"""The annotator's memory: what was asked, what came back, what it took. Nothing that was answered is ever asked again.
+"""The annotator's memory: what was asked, what came back, what it cost. Nothing that was answered is ever asked again.
 
 One SQLite file in WAL mode, one row per (image content, kind, prompt version, model, parameters). A row is claimed before
 the question is sent, so that two processes on one ledger share the work instead of doing it twice; the claim of a process that died
-is taken over at once on the same machine, after ``LEASE`` seconds otherwise. Failures are kept with their reason and
-are asked again on the next run; they are never served as answers.
+is taken over at once on the same machine, after ``LEASE`` seconds otherwise; what lies in a submitted batch stays claimed until
+the batch ends. Failures are kept with their reason and are asked again on the next run; they are never served as answers.
 """
 
 from __future__ import annotations
@@ -13,24 +13,29 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mllm_fl.annotate.ledger_file import VERSION, Transaction, born, connect
 from mllm_fl.errors import UserError
 
-VERSION = 1
-LEASE = 900.0  # seconds after which a claim from another machine is taken over
+__all__ = ["LEASE", "VERSION", "Entry", "Key", "Ledger", "Totals", "born", "canonical"]
+LEASE = 900.0  # seconds after which a claim from another machine is taken over, unless it was renewed
+BATCH = "batch:"  # the owner of what lies in a submitted batch begins so
 
-_SCHEMA = """
-CREATE TABLE answers (
-    image TEXT NOT NULL, kind TEXT NOT NULL, prompt TEXT NOT NULL, model TEXT NOT NULL, parameters TEXT NOT NULL,
-    status TEXT NOT NULL CHECK (status IN ('claimed', 'ok', 'failed')),
-    answer TEXT, error TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, seconds REAL,
-    attempts INTEGER NOT NULL DEFAULT 0, owner TEXT, updated REAL NOT NULL,
-    PRIMARY KEY (image, kind, prompt, model, parameters)
-) WITHOUT ROWID
+_WHERE = "image=? AND kind=? AND prompt=? AND model=? AND parameters=?"
+_WRITE = """
+INSERT INTO answers (image, kind, prompt, model, parameters, status, answer, error, prompt_tokens, completion_tokens, seconds, attempts,
+    owner, updated, cost, provenance, source, licence) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)
+ON CONFLICT DO UPDATE SET status = excluded.status, answer = excluded.answer, error = excluded.error,
+    prompt_tokens = coalesce(prompt_tokens, 0) + excluded.prompt_tokens,
+    completion_tokens = coalesce(completion_tokens, 0) + excluded.completion_tokens,
+    seconds = coalesce(seconds, 0) + excluded.seconds, attempts = attempts + excluded.attempts, owner = excluded.owner,
+    updated = excluded.updated, cost = coalesce(cost + excluded.cost, cost, excluded.cost), provenance = excluded.provenance,
+    source = excluded.source, licence = excluded.licence
+WHERE status != 'ok'
 """
 
 
@@ -52,13 +57,34 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """What came of one question: the answered ``texts``, or the reason why there is none."""
+    """What came of one question: the answered ``texts``, or the reason why there is none.
+
+    ``requests``: how many calls were answered for it, usable or not; ``cost`` is theirs, in the price table's currency, None where no
+    price is known. ``partial``: the first of several answers; the question stays claimed. A failure may keep such ``texts``
+    too: they are asked for no second time. ``source`` and ``licence`` are the picture's.
+    """
 
     texts: tuple[str, ...] = ()
     error: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
+    cost: float | None = None
+    requests: int = 0
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    partial: bool = False
+    source: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Everything that the ledger's questions took so far, of all runs and processes."""
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
 
 
 def canonical(parameters: Mapping[str, Any]) -> str:
@@ -67,7 +93,7 @@ def canonical(parameters: Mapping[str, Any]) -> str:
 
 
 class Ledger:
-    """An open ledger file; made if absent. One object per thread; any number of processes.
+    """An open ledger file; made if absent, brought up to date if older. One object per thread; any number of processes.
 
     Raises:
         UserError: of another version, not a ledger, or not writable.
@@ -76,30 +102,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{born(os.getpid())}.{os.urandom(4).hex()}"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self._prepare()
-        except (sqlite3.Error, OSError) as e:
-            raise UserError(
-                path, f"cannot be used as a ledger ({e})", "choose another corpus folder, or restore the file"
-            ) from None
-
-    def _prepare(self) -> None:
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        with self._transaction():
-            found = self._db.execute("PRAGMA user_version").fetchone()[0]
-            tables = {row[0] for row in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            if found == 0 and not tables:
-                self._db.execute(_SCHEMA)
-                self._db.execute(f"PRAGMA user_version = {VERSION}")
-            elif found != VERSION or "answers" not in tables:
-                raise UserError(
-                    self.path,
-                    f"ledger of version {found}, this program writes version {VERSION}",
-                    "use another corpus folder",
-                )
+        self._db = connect(path)
 
     def __enter__(self) -> Ledger:
         return self
@@ -110,30 +113,57 @@ class Ledger:
     def close(self) -> None:
         """Let go of this process's claims and close the file."""
         try:
-            self._db.execute("DELETE FROM answers WHERE status = 'claimed' AND owner = ?", (self.owner,))
-        except sqlite3.Error:
+            self.release(self.owner)
+            self.sync()
+        except UserError:
             pass  # a claim that stays behind expires by itself
         self._db.close()
 
+    def release(self, owner: str) -> None:
+        """Let go of the claims of ``owner``: what was never answered leaves no row, what failed before is a failure again."""
+        with self._writing():
+            mine = "status = 'claimed' AND owner = ?"
+            self._db.execute(f"DELETE FROM answers WHERE {mine} AND attempts = 0 AND answer IS NULL", (owner,))
+            self._db.execute(
+                f"UPDATE answers SET status = 'failed', error = coalesce(error, 'interrupted') WHERE {mine}", (owner,)
+            )
+
+    def sync(self) -> None:
+        """Make what was committed survive a loss of power; a killed process loses nothing without it."""
+        for name in (f"{self.path}-wal", str(self.path)):
+            try:
+                file = os.open(name, os.O_RDONLY)
+            except OSError:
+                continue
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+
     def answers(self, keys: Sequence[Key]) -> dict[Key, tuple[str, ...]]:
         """The answers that are there, by key; failures and claims are not among them."""
-        out: dict[Key, tuple[str, ...]] = {}
-        for key in keys:
-            row = self._row(key)
-            if row is not None and row[0] == "ok":
-                out[key] = tuple(json.loads(row[1]))
-        return out
+        rows = ((key, self._row(key)) for key in keys)
+        return {key: tuple(json.loads(row[1])) for key, row in rows if row is not None and row[0] == "ok"}
+
+    def answered(self, keys: Iterable[Key]) -> Iterator[Key]:
+        """Those of ``keys`` that have an answer, one by one."""
+        return (key for key in keys if (row := self._row(key)) is not None and row[0] == "ok")
+
+    def partial(self, keys: Sequence[Key]) -> dict[Key, tuple[str, ...]]:
+        """The first answers of those that have not all of theirs yet."""
+        rows = ((key, self._row(key)) for key in keys)
+        return {key: tuple(json.loads(row[1])) for key, row in rows if row is not None and row[0] != "ok" and row[1]}
 
     def failures(self, keys: Sequence[Key]) -> dict[Key, str]:
         """Why the failed ones of ``keys`` failed the last time."""
         rows = ((key, self._row(key)) for key in keys)
         return {key: str(row[2]) for key, row in rows if row is not None and row[0] == "failed"}
 
-    def claim(self, keys: Sequence[Key]) -> list[Key]:
-        """Those of ``keys`` that this process is to ask now: neither answered, nor in the hands of a living process."""
+    def claim(self, keys: Sequence[Key], owner: str | None = None) -> list[Key]:
+        """Those of ``keys`` that this process (or ``owner``) is to ask now: neither answered, nor in living hands."""
         mine: list[Key] = []
         now = time.time()
-        with self._transaction():
+        with self._writing():
             for key in keys:
                 row = self._row(key)
                 if row is not None and (row[0] == "ok" or (row[0] == "claimed" and self._alive(row[3], row[4], now))):
@@ -141,95 +171,117 @@ class Ledger:
                 self._db.execute(
                     "INSERT INTO answers (image, kind, prompt, model, parameters, status, owner, updated) VALUES (?,?,?,?,?,'claimed',?,?)"
                     " ON CONFLICT DO UPDATE SET status = 'claimed', owner = excluded.owner, updated = excluded.updated",
-                    (*key.columns, self.owner, now),
+                    (*key.columns, owner or self.owner, now),
                 )
                 mine.append(key)
         return mine
 
+    def renew(self) -> None:
+        """Say that this process still works on its claims; to be called well within ``LEASE`` seconds."""
+        with self._writing():
+            self._db.execute(
+                "UPDATE answers SET updated = ? WHERE status = 'claimed' AND owner = ?", (time.time(), self.owner)
+            )
+
     def write(self, entries: Iterable[tuple[Key, Entry]]) -> None:
-        """Record what came back, all in one transaction; an answer that is already there is never replaced."""
+        """Record what came back, all in one transaction; an answer that is already there is never replaced.
+
+        Raises:
+            UserError: the disk is full or read-only. What was written before stays.
+        """
         now = time.time()
-        with self._transaction():
+        with self._writing():
             for key, e in entries:
-                status = "failed" if e.error is not None else "ok"
-                answer = None if e.error is not None else json.dumps(e.texts, ensure_ascii=False)
+                status = "claimed" if e.partial else "failed" if e.error is not None else "ok"
+                answer = json.dumps(e.texts, ensure_ascii=False) if e.texts or status == "ok" else None
                 self._db.execute(
-                    "INSERT INTO answers (image, kind, prompt, model, parameters, status, answer, error, prompt_tokens, completion_tokens,"
-                    " seconds, attempts, owner, updated) VALUES (?,?,?,?,?,?,?,?,?,?,?,1,?,?)"
-                    " ON CONFLICT DO UPDATE SET status = excluded.status, answer = excluded.answer, error = excluded.error,"
-                    " prompt_tokens = excluded.prompt_tokens, completion_tokens = excluded.completion_tokens, seconds = excluded.seconds,"
-                    " attempts = attempts + 1, owner = excluded.owner, updated = excluded.updated WHERE status != 'ok'",
+                    _WRITE,
                     (
-                        *key.columns,
-                        status,
-                        answer,
-                        e.error,
-                        e.prompt_tokens,
-                        e.completion_tokens,
-                        e.seconds,
-                        self.owner,
-                        now,
+                        *key.columns, status, answer, e.error, e.prompt_tokens, e.completion_tokens, e.seconds, 0 if e.partial else 1,
+                        self.owner, now, e.cost, canonical(e.provenance) if e.provenance else None, e.source, e.licence,
                     ),
+                )  # fmt: skip
+                self._db.execute(
+                    "UPDATE totals SET requests = requests + ?, prompt_tokens = prompt_tokens + ?,"
+                    " completion_tokens = completion_tokens + ?, cost = cost + ?",
+                    (e.requests, e.prompt_tokens, e.completion_tokens, e.cost or 0.0),
                 )
 
-    def usage(self, keys: Sequence[Key]) -> dict[str, float]:
-        """Tokens in, tokens out, seconds of answering and questions asked (attempts), summed over ``keys``."""
-        total = {"prompt_tokens": 0.0, "completion_tokens": 0.0, "seconds": 0.0, "attempts": 0.0}
-        query = (
-            f"SELECT {', '.join(total)} FROM answers WHERE image=? AND kind=? AND prompt=? AND model=? AND parameters=?"
-        )
+    def totals(self) -> Totals:
+        """What everything took, what failed and what came too late included."""
+        row = self._db.execute("SELECT requests, prompt_tokens, completion_tokens, cost FROM totals").fetchone()
+        return Totals(*row)
+
+    def usage(self, keys: Sequence[Key]) -> dict[str, float | None]:
+        """Tokens in, tokens out, seconds of answering, questions asked (attempts) and cost (None: not known), summed over ``keys``."""
+        total = {"prompt_tokens": 0.0, "completion_tokens": 0.0, "seconds": 0.0, "attempts": 0.0, "cost": 0.0}
+        priced = False
         for key in keys:
-            row = self._db.execute(query, key.columns).fetchone()
-            for name, value in zip(total, row or (), strict=False):
+            query = f"SELECT {', '.join(total)} FROM answers WHERE {_WHERE}"
+            row = self._db.execute(query, key.columns).fetchone() or (None,) * len(total)
+            priced = priced or row[-1] is not None
+            for name, value in zip(total, row, strict=True):
                 total[name] += value or 0
-        return total
+        return {**total, "cost": total["cost"] if priced else None}
+
+    def rows(self, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
+        """The whole rows of ``keys`` that are there, as plain values by column."""
+        for key in keys:
+            found = self._db.execute(f"SELECT * FROM answers WHERE {_WHERE}", key.columns)
+            row = found.fetchone()
+            if row is not None:
+                yield dict(zip((c[0] for c in found.description), row, strict=True))
+
+    def means(self, model: str, kind: str) -> tuple[int, float, float, float]:
+        """Of the answers of this kind by this model: how many, mean tokens in, mean tokens out, mean seconds."""
+        row = self._db.execute(
+            "SELECT count(*), avg(prompt_tokens), avg(completion_tokens), avg(seconds) FROM answers"
+            " WHERE model = ? AND kind = ? AND status = 'ok'",
+            (model, kind),
+        ).fetchone()
+        return int(row[0]), float(row[1] or 0), float(row[2] or 0), float(row[3] or 0)
 
     def _row(self, key: Key) -> tuple[Any, ...] | None:
         row: tuple[Any, ...] | None = self._db.execute(
-            "SELECT status, answer, error, owner, updated FROM answers WHERE image=? AND kind=? AND prompt=? AND model=? AND parameters=?",
-            key.columns,
+            f"SELECT status, answer, error, owner, updated FROM answers WHERE {_WHERE}", key.columns
         ).fetchone()
         return row
 
     def _alive(self, owner: str | None, since: float, now: float) -> bool:
-        """Whether a claim holds: its process lives (same machine), or the lease has not run out (another machine)."""
+        """Whether a claim holds: its process lives (same machine), the lease has not run out (another), or it lies in a batch."""
+        if (owner or "").startswith(BATCH):
+            return True
         host, pid, started = (owner or "::").rsplit(":", 2)
         if host == socket.gethostname() and pid.isdigit():
             then = started.partition(".")[0]
             return owner != self.owner and then != "" and born(int(pid)) == then
         return now - since < LEASE
 
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._db)
+    def _writing(self) -> _Writing:
+        return _Writing(self._db, self.path)
 
 
-class _Transaction:
-    """BEGIN IMMEDIATE ... COMMIT: the write lock is taken at once, so that reading and claiming are one step."""
+class _Writing(Transaction):
+    """A transaction whose troubles with the disk are one line."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
+    def __init__(self, db: sqlite3.Connection, path: Path) -> None:
+        super().__init__(db)
+        self._path = path
 
     def __enter__(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            super().__enter__()
+        except sqlite3.Error as e:
+            raise self._said(e) from None
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._db.execute("COMMIT" if kind is None else "ROLLBACK")
+    def __exit__(self, kind: object, found: object = None, *_: object) -> None:
+        try:
+            super().__exit__(kind)
+        except sqlite3.Error as e:
+            raise self._said(e) from None
+        if isinstance(found, sqlite3.Error):
+            raise self._said(found) from None
 
-
-def born(pid: int) -> str:
-    """A word that tells this process from a later one with the same id; empty when there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as f:
-            fields = f.read().rpartition(")")[2].split()
-        return "" if fields[0] == "Z" else fields[19]
-    except OSError:
-        pass
-    if os.path.isdir("/proc/self"):
-        return ""
-    try:
-        os.kill(pid, 0)  # no /proc: only whether it lives
-        return "alive"
-    except PermissionError:
-        return "alive"
-    except OSError:
-        return ""
+    def _said(self, e: sqlite3.Error) -> UserError:
+        way_out = "what was answered before is kept; make room or make it writable, then run the same command"
+        return UserError(self._path, f"cannot be written ({e})", way_out)

@@ -6,110 +6,34 @@ CC-595K's captions; nothing more is said. Here any model answers, what it said i
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
-import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any
 
 from mllm_fl.annotate.agreement import agreement
-from mllm_fl.annotate.backends.base import Backend, Request, png
+from mllm_fl.annotate.backends.base import Backend
 from mllm_fl.annotate.corpus import Corpus
-from mllm_fl.annotate.ledger import Entry, Key, Ledger, born, canonical
-from mllm_fl.annotate.prompts import KINDS, Prompt, prompts_for
+from mllm_fl.annotate.engine import Limits, Outcome, Question, ask, chunks
+from mllm_fl.annotate.ledger import Key, Ledger, born, canonical
+from mllm_fl.annotate.open_images import OpenImages, lay_out
+from mllm_fl.annotate.prices import price_of
+from mllm_fl.annotate.prompts import Prompt, prompts_for
 from mllm_fl.annotate.records import Record, save
 from mllm_fl.data import glyph_cache
 from mllm_fl.data.check import Prints, prints, prints_of
-from mllm_fl.data.decode import EXTENSIONS, THREADS, fit, to_array, to_rgb
+from mllm_fl.data.decode import THREADS, fit, to_array, to_rgb
 from mllm_fl.data.files import write_whole
-from mllm_fl.data.folder import image_files
 from mllm_fl.data.glyphs import render_glyphs
-from mllm_fl.data.images import ImageSet, MemoryPixels
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
 from mllm_fl.runs import differences, read_json
-from mllm_fl.seeds import numpy_stream
-from mllm_fl.toml import to_dict
+from mllm_fl.stages.annotate_config import AnnotateConfig
 
-T = TypeVar("T")
-_FREE = (
-    "base_url",
-    "api_key_env",
-    "concurrency",
-    "retries",
-    "timeout",
-    "first_pause",
-)  # may change when a corpus is continued
-
-
-@dataclass(frozen=True)
-class AnnotateConfig:
-    """``[annotate]``: which open images, and who says what about them.
-
-    ``source``: "glyphs" (rendered characters with known truth) or ``folder:PATH`` (any images below it). ``images``: how many,
-    drawn without replacement. ``image_size``: pixels of the shorter side; absent means 16 for glyphs, as they are for folders.
-    ``backend``: "mini" (the bundled model), "openai" (an endpoint, with ``model`` and ``base_url``), or a Hugging Face folder or id.
-    ``prompts``: "auto" takes the bundled model's own questions for "mini", and our instructions for all others.
-    ``timeout`` and ``first_pause`` are in seconds.
-    """
-
-    source: str = "glyphs"
-    images: int = 384
-    image_size: int | None = None
-    seed: int = 1000
-    kinds: tuple[str, ...] = ("conversation", "detail", "reasoning")
-    backend: str = "mini"
-    prompts: Literal["auto", "instruct", "glyphs"] = "auto"
-    model: str | None = None
-    base_url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    max_tokens: int = 256
-    batch_size: int = 64
-    concurrency: int = 16
-    retries: int = 5
-    timeout: float = 120.0
-    first_pause: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("images", "max_tokens", "batch_size", "concurrency"):
-            if getattr(self, name) < 1:
-                raise UserError(f"annotate.{name}", f"{getattr(self, name)} is below 1")
-        if self.image_size is not None and not 8 <= self.image_size <= 4096:
-            raise UserError("annotate.image_size", f"{self.image_size} is outside 8 .. 4096 pixels")
-        if self.source != "glyphs" and not self.source.removeprefix("folder:") != self.source:
-            raise UserError("annotate.source", f"unknown source {self.source!r}", "use glyphs or folder:PATH")
-        for kind in self.kinds:
-            if kind not in KINDS:
-                raise UserError("annotate.kinds", f"unknown kind {kind!r}", f"choose from {', '.join(KINDS)}")
-        if self.backend == "openai" and not self.model:
-            raise UserError("annotate.model", "is not set, and an endpoint needs a model's name", 'write model = "..."')
-        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
-            raise UserError(
-                "annotate.base_url", f"{self.base_url!r} is no http(s) address", "for example http://127.0.0.1:8000/v1"
-            )
-        if self.retries < 0 or self.timeout <= 0 or self.first_pause < 0:
-            raise UserError(
-                "annotate.retries",
-                "retries, timeout and first_pause must not be negative",
-                "timeout is above 0 seconds",
-            )
-
-
-@dataclass(frozen=True)
-class _Open:
-    """The open images as they lie in the corpus folder: relative path and SHA-256 of the pixels, in order."""
-
-    paths: list[str]
-    hashes: list[str]
-    scenes: dict[str, dict[str, Any]]
-    unreadable: dict[str, str]
+__all__ = ["AnnotateConfig", "annotate", "corpus_prints", "make_backend", "open_prints"]
 
 
 def annotate(
@@ -119,39 +43,92 @@ def annotate(
     *,
     backend: Backend | None = None,
     retry: bool = False,
+    wait: bool = True,
 ) -> Corpus:
     """Make the corpus in ``folder``, or finish it, or open it when it is finished.
 
     Killed at any moment, the same call goes on: what was answered is in the ledger and is not asked again. Two processes on one folder
     share the work. ``retry`` asks the failed ones of a finished corpus again. ``backend`` takes the place of the configured one.
+    ``wait`` False: of batches, only hand in and fetch what there is.
 
     Raises:
-        UserError: no images, endpoint down, nothing usable answered, or the folder was begun with another configuration.
+        UserError: no images, endpoint down, nothing usable answered, a cap reached, batches still at work, or the folder was begun with
+            another configuration.
     """
     begun = folder / "annotate.json"
-    resolved = {k: v for k, v in to_dict(config).items() if k not in _FREE}
-    made = resolved | {"made": _made(config, backend)}
+    made = config.lasting() | {"made": _made(config, backend, folder)}
     if begun.exists():
         _same(folder, read_json(begun), made)
         if (folder / "records.json").exists() and not retry:
             return Corpus.open(folder)
     elif (folder / "records.json").exists():
         raise UserError(folder, "holds a corpus that was not annotated here (no annotate.json)", "use another folder")
-    prompts = prompts_for(config.kinds, _style(config))
+    prompts = prompts_for(config.kinds, config.style, config.labels or ())
     progress(Event("annotate", 0, config.images * len(prompts), "preparing the open images"))
     _sweep(folder)
-    pictures = _lay_out(config, folder)
+    limits = limits_of(config)
+    pictures = lay_out(config.open_images(), folder, progress)
     backend = backend or make_backend(config)
-    made["made"]["model"] = backend.model  # a hub id may have been fetched only now
+    made["made"] |= {"model": backend.model}  # a hub id may have been fetched only now
+    if config.source != "glyphs":
+        made["made"]["pictures"] = config.open_images().digest(folder)
     write_whole(begun, (json.dumps(made, indent=1) + "\n").encode())
+    questions = questions_of(pictures, prompts, backend, folder)
     with Ledger(folder / "ledger.sqlite") as ledger:
-        work = _Work(config, folder, pictures, prompts, ledger, backend)
-        failed = work.run(progress)
-        _finish(work, failed)
+        if config.batch:
+            from mllm_fl.annotate.backends.batch import ask_batches
+
+            outcome = ask_batches(list(questions.values()), ledger, backend, limits, folder / "batches", progress, wait=wait)
+        else:
+            outcome = ask(list(questions.values()), ledger, backend, limits, progress)
+        _finish(config, folder, pictures, prompts, questions, ledger, backend, outcome)
     return Corpus.open(folder)
 
 
-def _made(config: AnnotateConfig, backend: Backend | None) -> dict[str, Any]:
+def make_backend(config: AnnotateConfig) -> Backend:
+    """The backend that ``annotate.backend`` names."""
+    if config.backend == "openai":
+        from mllm_fl.annotate.backends.openai import OpenAIBackend
+
+        assert config.model is not None
+        return OpenAIBackend(
+            config.model, config.base_url, config.api_key_env, config.max_tokens, concurrency=config.concurrency,
+            retries=config.retries, timeout=config.timeout, first_pause=config.first_pause, max_side=config.max_side or 768,
+            requests_per_minute=config.requests_per_minute, tokens_per_minute=config.tokens_per_minute,
+        )  # fmt: skip
+    from mllm_fl.annotate.backends.local import LocalBackend
+
+    return LocalBackend(
+        config.backend, max_tokens=config.max_tokens, batch_size=config.batch_size, device=config.device
+    )
+
+
+def limits_of(config: AnnotateConfig) -> Limits:
+    """The caps, with the price of the model where one is given; a model on this machine costs nothing."""
+    price = price_of(config.prices, config.model or config.backend) if config.backend == "openai" else None
+    again = (1 if config.backend == "openai" else 0) if config.again is None else config.again
+    return Limits(config.max_cost, config.max_requests, price, again)
+
+
+def questions_of(
+    pictures: OpenImages, prompts: Sequence[Prompt], backend: Backend, folder: Path
+) -> dict[Key, Question]:
+    """What is asked, by key; equal pictures are asked about once. Questions of one kind about near pictures stand together."""
+    out: dict[Key, Question] = {}
+    same: dict[str, str] = {}  # one string per wording, however many pictures share it
+    common = backend.parameters()
+    for part in chunks(range(len(pictures.paths)), backend.batch_size):
+        for prompt in prompts:
+            for i in part:
+                asked = prompt.questions(pictures.hashes[i])
+                words = canonical({**common, "questions": asked})
+                key = Key(pictures.hashes[i], prompt.kind, prompt.version, backend.model, same.setdefault(words, words))
+                about = (pictures.sources[i], pictures.licences[i])
+                out.setdefault(key, Question(key, folder / pictures.paths[i], prompt, asked, *about))
+    return out
+
+
+def _made(config: AnnotateConfig, backend: Backend | None, folder: Path) -> dict[str, Any]:
     """What a corpus depends on beyond its configuration: who answers, the prompts' versions, the pictures. None: not known here."""
     model = backend.model if backend is not None else None
     if backend is None and config.backend != "openai":
@@ -159,26 +136,10 @@ def _made(config: AnnotateConfig, backend: Backend | None) -> dict[str, Any]:
 
         model = identity(config.backend)
     pictures: str | None = f"glyphs {glyph_cache.VERSION}"
-    if config.source != "glyphs":
-        root = Path(config.source.removeprefix("folder:"))
-        pictures = _digest(root, _chosen(config, root)) if root.is_dir() else None
-    return {
-        "model": model,
-        "prompts": {p.kind: p.version for p in prompts_for(config.kinds, _style(config))},
-        "pictures": pictures,
-    }
-
-
-def _digest(root: Path, files: Sequence[Path]) -> str:
-    """SHA-256 over names and bytes; a file that cannot be read counts as empty."""
-    h = hashlib.sha256()
-    for path in files:
-        try:
-            content = path.read_bytes()
-        except OSError:
-            content = b""
-        h.update(f"{path.relative_to(root)} {hashlib.sha256(content).hexdigest()}\n".encode())
-    return h.hexdigest()
+    if config.source != "glyphs":  # of a new corpus it is known when the pictures are laid out
+        pictures = config.open_images().digest(folder) if (folder / "annotate.json").exists() else None
+    prompts = prompts_for(config.kinds, config.style, config.labels or ())
+    return {"model": model, "prompts": {p.kind: p.version for p in prompts}, "pictures": pictures}
 
 
 def _same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -195,148 +156,62 @@ def _same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def make_backend(config: AnnotateConfig) -> Backend:
-    """The backend that ``annotate.backend`` names."""
-    if config.backend == "openai":
-        from mllm_fl.annotate.backends.openai import OpenAIBackend
-
-        assert config.model is not None
-        return OpenAIBackend(
-            config.model, config.base_url, config.api_key_env, config.max_tokens, concurrency=config.concurrency,
-            retries=config.retries, timeout=config.timeout, first_pause=config.first_pause,
-        )  # fmt: skip
-    from mllm_fl.annotate.backends.local import LocalBackend
-
-    return LocalBackend(config.backend, max_tokens=config.max_tokens, batch_size=config.batch_size)
-
-
-def _style(config: AnnotateConfig) -> str:
-    return config.prompts if config.prompts != "auto" else "glyphs" if config.backend == "mini" else "instruct"
-
-
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
-
-
-class _Work:
-    """The questions of one corpus, and the loop that gets them answered."""
-
-    def __init__(
-        self,
-        config: AnnotateConfig,
-        folder: Path,
-        pictures: _Open,
-        prompts: Sequence[Prompt],
-        ledger: Ledger,
-        backend: Backend,
-    ) -> None:
-        self.folder, self.pictures, self.prompts, self.ledger, self.backend = folder, pictures, prompts, ledger, backend
-        self.config = config
-        self.questions: dict[Key, tuple[int, Prompt, tuple[str, ...]]] = {}
-        for part in _chunks(range(len(pictures.paths)), backend.batch_size):
-            for prompt in prompts:
-                for i in part:
-                    asked = prompt.questions(pictures.hashes[i])
-                    parameters = canonical({**backend.parameters(), "questions": asked})
-                    key = Key(pictures.hashes[i], prompt.kind, prompt.version, backend.model, parameters)
-                    self.questions.setdefault(key, (i, prompt, asked))
-        self.keys = list(self.questions)
-
-    def run(self, progress: Progress) -> dict[Key, str]:
-        """Ask until every question is answered or has failed once; returns the failures with their reasons."""
-        failed: dict[Key, str] = {}
-        done = len(self.ledger.answers(self.keys))
-        while True:
-            claimed_any = False
-            for part in _chunks(self.keys, self.backend.batch_size):
-                mine = self.ledger.claim([k for k in part if k not in failed])
-                if mine:
-                    claimed_any = True
-                    failed |= self._ask(mine)
-                    done += len(mine)
-                    note = f"{len(failed)} failed" if failed else ""
-                    progress(Event("annotate", min(done, len(self.keys)), len(self.keys), note))
-            there = self.ledger.answers(self.keys)
-            if all(k in there or k in failed for k in self.keys):
-                progress(Event("annotate", len(self.keys), len(self.keys)))
-                return failed
-            if not claimed_any:  # the rest is in another process's hands
-                time.sleep(0.2)
-
-    def _ask(self, keys: Sequence[Key]) -> dict[Key, str]:
-        failed: dict[Key, str] = {}
-        requests = []
-        for key in keys:
-            i, prompt, asked = self.questions[key]
-            requests.append(Request(self._image(i), asked, prompt.system))
-
-        def deliver(answers: list[tuple[int, Entry]]) -> None:
-            rows = []
-            for at, entry in answers:
-                key = keys[at]
-                i, prompt, asked = self.questions[key]
-                if entry.error is None:
-                    try:
-                        prompt.record("x", self.pictures.paths[i], asked, entry.texts)
-                    except ValueError as e:
-                        entry = Entry((), str(e), entry.prompt_tokens, entry.completion_tokens, entry.seconds)
-                if entry.error is not None:
-                    failed[key] = entry.error
-                rows.append((key, entry))
-            self.ledger.write(rows)
-
-        self.backend.answer(requests, deliver)
-        return failed
-
-    def _image(self, i: int) -> Tensor:
-        try:
-            return torch.from_numpy(to_array(to_rgb(self.folder / self.pictures.paths[i])).copy())
-        except ValueError as e:
-            raise UserError(
-                self.folder / self.pictures.paths[i], str(e), "delete it and run the same command"
-            ) from None
-
-    def records(self) -> list[Record]:
-        """The records that the ledger's answers make, picture by picture."""
-        there = self.ledger.answers(self.keys)
-        by_place: dict[tuple[str, str], Key] = {(k.image, k.kind): k for k in self.keys}
-        out = []
-        for i, (path, sha) in enumerate(zip(self.pictures.paths, self.pictures.hashes, strict=True)):
-            for prompt in self.prompts:
-                key = by_place[sha, prompt.kind]
-                if key in there:
-                    out.append(prompt.record(f"{i:06d}-{prompt.kind}", path, self.questions[key][2], there[key]))
-        return out
-
-
-def _finish(work: _Work, failed: dict[Key, str]) -> None:
+def _finish(
+    config: AnnotateConfig, folder: Path, pictures: OpenImages, prompts: Sequence[Prompt], questions: dict[Key, Question],
+    ledger: Ledger, backend: Backend, outcome: Outcome,
+) -> None:  # fmt: skip
     """Write card.json, then records.json: its presence means that the corpus is finished."""
-    records = work.records()
+    records = _records(pictures, prompts, questions, ledger)
+    if outcome.stopped is not None:
+        there = sum(1 for _ in ledger.answered(questions))
+        problem = f"stopped at {outcome.stopped}: {there:,} of {len(questions):,} annotations are there"
+        raise UserError(folder, problem, "raise the cap and run the same command; nothing is asked or paid twice")
     if not records:
-        reason = next(iter(failed.values()), "no questions")
+        reason = next(iter(outcome.failed.values()), "no questions")
         raise UserError(
-            work.folder,
-            f"not one of {len(work.keys)} annotations succeeded; the first failed with: {reason}",
+            folder,
+            f"not one of {len(questions)} annotations succeeded; the first failed with: {reason}",
             "check [annotate]",
         )
-    reasons: dict[str, int] = {}
-    for reason in failed.values():
-        reasons[reason] = reasons.get(reason, 0) + 1
+    total = dataclasses.asdict(ledger.totals()) | ({} if config.prices else {"cost": None})
     card = {
-        "source": work.config.source, "seed": work.config.seed, "model": work.backend.model, "parameters": work.backend.parameters(),
-        "images": len(work.pictures.paths), "unreadable": work.pictures.unreadable, "records": len(records),
-        "kinds": {
-            p.kind: {
-                "prompt": p.version, "ok": sum(r.kind == p.kind for r in records), "failed": sum(k.kind == p.kind for k in failed),
-                **work.ledger.usage([k for k in work.keys if k.kind == p.kind]),
-            }
-            for p in work.prompts
-        },
-        "failures": reasons,
-        "agreement": agreement(records, work.pictures.scenes) if work.pictures.scenes else "not checked: no scene records",
+        **({"price": config.prices} if config.prices else {}),
+        "source": config.source, "seed": config.seed, "model": backend.model, "parameters": backend.parameters(),
+        "images": len(pictures.paths), "coverage": pictures.coverage, "unreadable": pictures.unreadable, "records": len(records),
+        "kinds": {p.kind: _card_of(p, records, questions, ledger, outcome) for p in prompts},
+        "failures": dict(Counter(outcome.failed.values())), "bill": total if config.backend == "openai" else None,
+        "licences": dict(Counter(x or "not known" for x in pictures.licences)),
+        "agreement": agreement(records, pictures.scenes) if pictures.scenes else "not checked: no scene records",
     }  # fmt: skip
-    write_whole(work.folder / "card.json", (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
-    save(records, work.folder / "records.json")
+    older = read_json(folder / "card.json") if (folder / "card.json").exists() else {}
+    card = {k: v for k, v in (older | card).items() if v is not None}
+    write_whole(folder / "card.json", (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
+    save(records, folder / "records.json")
+
+
+def _card_of(
+    prompt: Prompt, records: Sequence[Record], questions: dict[Key, Question], ledger: Ledger, outcome: Outcome
+) -> dict[str, Any]:
+    mine = [r for r in records if r.kind == prompt.kind]
+    failed = sum(k.kind == prompt.kind for k in outcome.failed)
+    labels = {"labels": dict(Counter(r.answers[0] for r in mine))} if prompt.form == "label" else {}
+    used = ledger.usage([k for k in questions if k.kind == prompt.kind])
+    return {"prompt": prompt.version, "ok": len(mine), "failed": failed, **labels, **used}
+
+
+def _records(
+    pictures: OpenImages, prompts: Sequence[Prompt], questions: dict[Key, Question], ledger: Ledger
+) -> list[Record]:
+    """The records that the ledger's answers make, picture by picture."""
+    by_place = {(k.image, k.kind): k for k in questions}
+    out = []
+    for i, (path, sha) in enumerate(zip(pictures.paths, pictures.hashes, strict=True)):
+        keys = [by_place[sha, prompt.kind] for prompt in prompts]
+        there = ledger.answers(keys)
+        for prompt, key in zip(prompts, keys, strict=True):
+            if key in there:
+                out.append(prompt.record(f"{i:06d}-{prompt.kind}", path, questions[key].asked, there[key]))
+    return out
 
 
 def _sweep(folder: Path) -> None:
@@ -347,53 +222,6 @@ def _sweep(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _lay_out(config: AnnotateConfig, folder: Path) -> _Open:
-    """The open images as PNG files in the corpus folder; a file's name holds its hash, so one that is there is right."""
-    paths: list[str] = []
-    hashes: list[str] = []
-    scenes: dict[str, dict[str, Any]] = {}
-    unreadable: dict[str, str] = {}
-    for i, (image, scene) in enumerate(_source(config, unreadable)):
-        one = ImageSet("", MemoryPixels(image[None]), np.full(1, -1), ())
-        sha = one.hashes()[0]
-        path = f"images/{i:06d}-{sha[:12]}.png"
-        if not (folder / path).exists():
-            write_whole(folder / path, png(image))
-        paths.append(path)
-        hashes.append(sha)
-        if scene is not None:
-            scenes[path] = scene
-    if not paths:
-        why = next(iter(unreadable.items()), None)
-        problem = f"no readable image (first: {why[0]}: {why[1]})" if why else "no image"
-        raise UserError(config.source, problem, f"images end in {', '.join(EXTENSIONS)}")
-    if scenes:
-        lines = "".join(json.dumps({"image": p, **s}) + "\n" for p, s in scenes.items())
-        write_whole(folder / "scenes.jsonl", lines.encode())
-    return _Open(paths, hashes, scenes, unreadable)
-
-
-def _source(config: AnnotateConfig, unreadable: dict[str, str]) -> Iterator[tuple[Tensor, dict[str, Any] | None]]:
-    """The open images uint8 (3, h, w), with their scene where it is known; what cannot be read is noted and left out."""
-    if config.source == "glyphs":
-        images, found = render_glyphs(config.images, config.seed, image_size=config.image_size or 16)
-        for i, scene in enumerate(found):
-            yield images.read([i])[0], scene.to_json()
-        return
-    root = Path(config.source.removeprefix("folder:"))
-    if not root.is_dir():
-        raise UserError("annotate.source", f"{root} is not a folder", "give folder:PATH of the open images")
-    for path in _chosen(config, root):
-        try:
-            drawn = to_rgb(path)
-        except ValueError as e:
-            unreadable[str(path.relative_to(root))] = str(e)
-            continue
-        if config.image_size is not None:
-            drawn = fit(drawn, config.image_size)
-        yield torch.from_numpy(to_array(drawn).copy()), None
-
-
 def open_prints(config: AnnotateConfig, size: int) -> list[Prints] | None:
     """The open images' hashes for a leak check, before anybody is asked about them; None when their folder is not there.
 
@@ -401,8 +229,8 @@ def open_prints(config: AnnotateConfig, size: int) -> list[Prints] | None:
     """
     if config.source == "glyphs":
         return list(prints(render_glyphs(config.images, config.seed, image_size=size)[0]))
-    root = Path(config.source.removeprefix("folder:"))
-    return _prints_of_files(_chosen(config, root), size) if root.is_dir() else None
+    source = config.open_images()
+    return _prints_of_files(source.files(), size) if source.root is not None and source.root.is_dir() else None
 
 
 def corpus_prints(corpus: Corpus, size: int) -> list[Prints]:
@@ -420,12 +248,3 @@ def _prints_of_files(files: Sequence[Path], size: int) -> list[Prints]:
 
     with ThreadPoolExecutor(THREADS) as pool:
         return [p for p in pool.map(one, files) if p is not None]
-
-
-def _chosen(config: AnnotateConfig, root: Path) -> list[Path]:
-    """The image files below ``root`` that the corpus takes."""
-    files = image_files(root)
-    if len(files) > config.images:
-        chosen = numpy_stream(config.seed, "open-images").permutation(len(files))[: config.images]
-        files = [files[i] for i in sorted(int(j) for j in chosen)]
-    return files

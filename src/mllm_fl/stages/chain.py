@@ -37,7 +37,7 @@ from mllm_fl.models.network import Network, build_network
 from mllm_fl.models.teacher.clip import load_teacher
 from mllm_fl.models.teacher.logits import teacher_logits
 from mllm_fl.runs import RunFolder, config_hash, differences, environment, read_json, read_rows
-from mllm_fl.stages.align import AlignConfig, Aligner, delivered, make_aligner
+from mllm_fl.stages.align import AlignConfig, Aligner, ZeroShot, delivered, make_aligner
 from mllm_fl.stages.alignment_images import alignment_set, dealt
 from mllm_fl.stages.alignment_images import record as d_align
 from mllm_fl.stages.annotate import annotate, corpus_prints, open_prints
@@ -59,26 +59,28 @@ def run_path(config: Config, root: Path) -> Path:
 def corpus_path(config: Config, root: Path) -> Path:
     """The folder of the corpus that this configuration annotates; equal for runs that ask for equal corpora."""
     assert config.annotate is not None
-    return root / config.experiment / f"corpus-{config_hash(to_dict(config.annotate))}"
+    return root / config.experiment / f"corpus-{config_hash(config.annotate.named_by())}"
 
 
 def pretrain_path(config: Config, root: Path) -> Path:
     """The folder of the pretrained weights; equal for runs that pretrain equally from equal corpora and seeds."""
     assert config.pretrain is not None
     depends = {
-        "pretrain": to_dict(config.pretrain), "annotate": to_dict(config.annotate) if config.annotate else None,
+        "pretrain": to_dict(config.pretrain), "annotate": config.annotate.named_by() if config.annotate else None,
         "model": to_dict(config.model), "seed": config.seed, "data": config.data.source, "size": config.data.image_size,
     }  # fmt: skip
     return root / config.experiment / f"pretrain-{config_hash(depends)}"
 
 
-def annotate_stage(config: Config, root: Path, progress: Progress = silent) -> Path:
-    """Stage 1a: make (or find) the corpus; returns its folder."""
+def annotate_stage(
+    config: Config, root: Path, progress: Progress = silent, *, retry: bool = False, wait: bool = True
+) -> Path:
+    """Stage 1a: make (or find) the corpus; returns its folder. ``retry`` and ``wait``: see :func:`annotate`."""
     if config.annotate is None:
         raise UserError("annotate", "no [annotate] table", "add [annotate], or leave [pretrain] out")
     torch.set_num_threads(1)  # the same bytes whichever verb makes them
     path = corpus_path(config, root)
-    annotate(config.annotate, path, progress)
+    annotate(config.annotate, path, progress, retry=retry, wait=wait)
     return path
 
 
@@ -143,6 +145,11 @@ def _side(federation: Federation) -> int:
     return int(federation.test.read([0]).shape[-1])
 
 
+def teacher_of(config: Config, federation: Federation, cache: Path) -> ZeroShot:
+    """What [teacher] answers about images of the federation's classes: zero-shot logits, kept in ``cache``; loaded when it is asked."""
+    return lambda images: teacher_logits(load_teacher(config.teacher), images, federation.class_names, cache)
+
+
 def aligner_of(config: Config, federation: Federation, images: ImageSet | None, cache: Path) -> Aligner | None:
     """Stage 3 made ready: D_align's ``images`` and the teacher's zero-shot logits on them, kept in ``cache``; None when [align] is off."""
     if config.align is None or images is None:
@@ -201,7 +208,11 @@ def run(
         network = _network(config)
         settled = engine_of(config, path, federation, network)
         task = task_of(config, federation, network, settled)
-        aligned_on = alignment_set(config.align, federation, config.data) if config.align is not None else None
+        cache = root / config.experiment / "logits"
+        zero_shot = teacher_of(config, federation, cache)
+        aligned_on = None
+        if config.align is not None:
+            aligned_on = alignment_set(config.align, federation, config.data, zero_shot)
         wanted, validation = config.federate.validation_per_class, None
         if wanted is not None:
             validation = held_out(federation, wanted, (aligned_on, task.unlabelled, task.labelled), config.data.seed)
@@ -220,7 +231,6 @@ def run(
         w: Tree = clone(network.state_dict())
         if config.pretrain is not None:
             w = fit(pretrain_stage(config, root, progress, checked=True), w, pretrain_path(config, root))
-        cache = root / config.experiment / "logits"
         aligner = None if to_clients else aligner_of(config, federation, aligned_on, cache)
         if aligned_on is not None:
             progress(Event("prepare", 1, 1, f"{len(aligned_on)} alignment images"))
@@ -313,8 +323,12 @@ def _begin(folder: RunFolder, federation: Federation, engine: EngineConfig, comm
         folder.write_json("env.json", now | {"command": command})
 
 
-def align_finished(config: Config, root: Path, progress: Progress = silent) -> dict[str, Any]:
+def align_finished(
+    config: Config, root: Path, progress: Progress = silent, run: Path | None = None
+) -> dict[str, Any]:
     """Stage 3 alone: align the model of a finished ``federate`` once; writes aligned.safetensors and aligned.json beside it.
+
+    ``run``: its folder; absent means where the same configuration without [align] puts it.
 
     Returns the run's final.json content with the aligned model's scores as ``last`` and the old ones as ``before_align``.
 
@@ -323,9 +337,11 @@ def align_finished(config: Config, root: Path, progress: Progress = silent) -> d
     """
     if config.align is None:
         raise UserError("align", "the configuration has no [align] table", "add it, or an arm that has it: --arm NAME")
+    if config.align.control in ("alone", "clients"):
+        raise UserError("align.control", f"{config.align.control!r} changes the rounds themselves", "use `mllm-fl run`")
     torch.set_num_threads(1)
     plain = dataclasses.replace(config, align=None)
-    path = run_path(plain, root)
+    path = run or run_path(plain, root)
     if not (path / "final.json").exists():
         raise UserError(path, "no finished federation here", "run `mllm-fl federate` with the same configuration first")
     with RunFolder(path, plain.resolved()) as folder:
@@ -333,9 +349,10 @@ def align_finished(config: Config, root: Path, progress: Progress = silent) -> d
         network = _network(config)
         w = fit(load_checkpoint(path / "model.safetensors")[0], clone(network.state_dict()), path / "model.safetensors")
         task = task_of(config, federation, network, engine_of(config, path, federation, network))
-        images = alignment_set(config.align, federation, config.data)
+        cache = path.parent / "logits"
+        images = alignment_set(config.align, federation, config.data, teacher_of(config, federation, cache))
         found = leaks_of(dataclasses.replace(config, pretrain=None), root, federation, {"align": images})
-        aligner = aligner_of(config, federation, images, root / config.experiment / "logits")
+        aligner = aligner_of(config, federation, images, cache)
         assert aligner is not None
         aligned, loss = aligner(task, w, config.federate.rounds)
         progress(Event("align", 1, 1, f"loss {loss:.3f}"))
