@@ -27,7 +27,8 @@ def add(verbs: Any) -> None:
     """One verb a stage; any value of the configuration is overridden by --table.key VALUE."""
     for verb, text in STAGES.items():
         p = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
-        p.add_argument("config", type=Path, help="a TOML file, see experiments/")
+        run = ", or the folder of a finished `federate`" if verb == "align" else ""
+        p.add_argument("config", type=Path, help=f"a TOML file, see experiments/{run}")
         p.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go (default: ./runs)")
         p.add_argument("--arm", action="append", help="only this arm (may be repeated)")
         p.add_argument("--seed", type=int, action="append", help="this seed instead of the file's (may be repeated)")
@@ -64,7 +65,8 @@ def stage(args: argparse.Namespace, rest: list[str]) -> int:
         from mllm_fl.trackers import check
 
         check(args.track)
-    plan = load(args.config)
+    folder = args.config if args.verb == "align" and args.config.is_dir() else None
+    plan = load(args.config) if folder is None else _plan_of(folder)
     configs = [c for c in plan.runs if not args.arm or c.name in args.arm]
     if args.seed:
         configs = list(dict.fromkeys(dataclasses.replace(c, seed=s) for s in args.seed for c in configs))
@@ -86,10 +88,31 @@ def stage(args: argparse.Namespace, rest: list[str]) -> int:
             finals = run_jobs(args.config, configs, args.runs, rest + mirrored, args.jobs, screen)
         else:
             source = getattr(args, "source", None)
-            finals = [_one(args.verb, c, args.runs, screen, command, source, args.track) for c in configs]
+            finals = [_one(args.verb, c, args.runs, screen, command, source or folder, args.track) for c in configs]
     if not args.json_progress:
         _show(args, plan, [f for f in finals if f is not None])
     return 0
+
+
+def _plan_of(folder: Path) -> Plan:
+    """The finished run in ``folder`` as it was configured, with [align] at its defaults: overrides say the rest.
+
+    Raises:
+        UserError: no run folder, or one whose rounds were aligned already.
+    """
+    from mllm_fl.config import Plan, from_dict
+    from mllm_fl.stages.align import AlignConfig
+    from mllm_fl.toml import read_toml
+
+    place = folder / "config.toml"
+    if not place.exists():
+        raise UserError(
+            folder, "is not a run folder (it has no config.toml)", "give a folder under runs/, or a TOML file"
+        )
+    config = from_dict(read_toml(place), str(place))
+    if config.align is not None:
+        raise UserError(folder, "was aligned in its own rounds", "name a run of `mllm-fl federate`")
+    return Plan(place, (dataclasses.replace(config, align=AlignConfig()),), (config.name,))
 
 
 def _one(
@@ -116,7 +139,7 @@ def _one(
 
             return from_finished(config, source, root, progress, command)
     if verb == "align":
-        return chain.align_finished(config, root, progress)
+        return chain.align_finished(config, root, progress, source)
     final = _mirrored(config, root, progress, command, screen, track)
     screen.say(f"run: {chain.run_path(config, root)}")
     return final

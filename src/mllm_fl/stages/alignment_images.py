@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ import torch
 
 from mllm_fl.data.check import pixel_hashes
 from mllm_fl.data.config import DataConfig
+from mllm_fl.data.decode import EncodedPixels, FileContents
 from mllm_fl.data.federation import Federation
-from mllm_fl.data.folder import all_images
+from mllm_fl.data.folder import all_images, image_files
 from mllm_fl.data.glyphs import glyph_set
 from mllm_fl.data.hub import load_hub
 from mllm_fl.data.imagenet_lt import load_list
@@ -26,14 +28,18 @@ from mllm_fl.data.longtail import achieved_imbalance
 from mllm_fl.data.manifest import fingerprint, sha256_of
 from mllm_fl.errors import UserError
 from mllm_fl.seeds import stream
-from mllm_fl.stages.align import AlignConfig, Aligner
+from mllm_fl.stages.align import AlignConfig, Aligner, ZeroShot
 
 IMAGES = 1000
 """Alignment images in all, where ``per_class`` does not say."""
 
 
-def alignment_set(config: AlignConfig, federation: Federation, data: DataConfig) -> ImageSet:
+def alignment_set(
+    config: AlignConfig, federation: Federation, data: DataConfig, teacher: ZeroShot | None = None
+) -> ImageSet:
     """D_align: class-balanced server images from the source that [align] names, at the size and normalisation of the clients' images.
+
+    ``teacher``: CLIP's zero-shot logits of a set of images, asked by the source "open:" only.
 
     Raises:
         UserError: an unknown source, a class that is missing or has too few images, nothing left over.
@@ -58,11 +64,18 @@ def alignment_set(config: AlignConfig, federation: Federation, data: DataConfig)
         images = in_order_of(names, all_images(config.source.removeprefix("folder:"), side))
     elif config.source.startswith("hf:"):
         images = in_order_of(names, load_hub(config.source.removeprefix("hf:"), side)[0])
+    elif config.source.startswith("open:"):
+        if teacher is None:
+            raise UserError(
+                "align.source", f"{config.source!r} needs a teacher to look at the images", "give [teacher]"
+            )
+        images = collected(config.source.removeprefix("open:"), names, per_class, side, teacher)
     else:
         problem = f"unknown source {config.source!r}"
         raise UserError("align.source", problem, "use glyphs, leftover, val, folder:PATH, hf:NAME or open:PATH")
     images = replace(images, mean=federation.train.mean, std=federation.train.std)
-    return images if config.source == "glyphs" else balanced(images, per_class, draws)
+    made = config.source == "glyphs" or config.source.startswith("open:")
+    return images if made else balanced(images, per_class, draws)
 
 
 def in_domain(config: AlignConfig) -> bool | None:
@@ -106,6 +119,33 @@ def dealt(federation: Federation, images: ImageSet) -> Federation:
         tuple(federation.spare) if federation.spare is not None else tuple(np.flatnonzero(~federation.held).tolist())
     )
     return Federation(train, federation.test, manifest, spare)
+
+
+def collected(path: str, class_names: Sequence[str], per_class: int, side: int, teacher: ZeroShot) -> ImageSet:
+    """The ``per_class`` open images that CLIP takes for each class with the highest probability, each for the class that it is likest.
+
+    Their labels are the teacher's. ``path``: a corpus, or any folder of images; each is decoded to ``side`` pixels.
+
+    Raises:
+        UserError: no images, an image that cannot be read, or a class that too few images are likest to.
+    """
+    folder = Path(path).expanduser()
+    files = tuple(image_files(folder)) if folder.is_dir() else ()
+    if not files:
+        raise UserError(f"align.source: open:{path}", "holds no image", "give a corpus or a folder of images")
+    pixels = EncodedPixels(FileContents(files), side)
+    everything = ImageSet(folder.name, pixels, np.full(len(files), -1, dtype=np.int64), tuple(class_names))
+    p, likest = teacher(everything).softmax(1).max(1)
+    chosen: list[int] = []
+    for c, name in enumerate(class_names):
+        mine = torch.nonzero(likest == c).flatten()
+        if len(mine) < per_class:
+            problem = f"{len(mine)} of {len(files)} images in {folder} are likest to {name!r}, {per_class} asked for"
+            raise UserError("align.per_class", problem, "ask for fewer, or give more open images")
+        chosen += mine[p[mine].argsort(descending=True, stable=True)[:per_class]].tolist()
+    labels = likest.numpy()[chosen].astype(np.int64)
+    name = f"{folder.name}, collected by the teacher, {per_class} a class"
+    return replace(everything.subset(chosen, name), labels=labels)
 
 
 def in_order_of(class_names: Sequence[str], images: ImageSet) -> ImageSet:
