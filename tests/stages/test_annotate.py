@@ -47,7 +47,7 @@ class Stub:
             entry = (
                 Entry(error=said)
                 if said
-                else Entry(tuple(f"{q} {np.mean(to_rgb(r.image)):.1f}" for q in r.questions), None, 5, 3, 0.1)
+                else Entry(tuple(f"{q} {np.asarray(to_rgb(r.image)).mean():.1f}" for q in r.questions), None, 5, 3, 0.1)
             )
             deliver([(i, entry)])
 

@@ -70,10 +70,18 @@ class Limits:
 
 @dataclass
 class Outcome:
-    """``failed``: the questions without a usable answer, with the reason. ``stopped``: which cap ended the work, or None."""
+    """``failed``: the questions without a usable answer, with the reason. ``stopped``: which cap ended the work, or None.
+
+    ``waiting``: how many batches are still at work.
+    """
 
     failed: dict[Key, str] = field(default_factory=dict)
     stopped: str | None = None
+    waiting: int = 0
+
+
+class Pending(UserError):
+    """Everything is handed in, and the answers are not there yet."""
 
 
 def ask(

@@ -183,8 +183,10 @@ class Ledger:
                 "UPDATE answers SET updated = ? WHERE status = 'claimed' AND owner = ?", (time.time(), self.owner)
             )
 
-    def write(self, entries: Iterable[tuple[Key, Entry]]) -> None:
+    def write(self, entries: Iterable[tuple[Key, Entry]], merged: str | None = None) -> None:
         """Record what came back, all in one transaction; an answer that is already there is never replaced.
+
+        ``merged``: the batch that these are all answers of, which is over with this.
 
         Raises:
             UserError: the disk is full or read-only. What was written before stays.
@@ -206,6 +208,27 @@ class Ledger:
                     " completion_tokens = completion_tokens + ?, cost = cost + ?",
                     (e.requests, e.prompt_tokens, e.completion_tokens, e.cost or 0.0),
                 )
+            if merged is not None:
+                self._db.execute("UPDATE batches SET state = 'merged', updated = ? WHERE id = ?", (now, merged))
+
+    def open(self, key: Key) -> bool:
+        """Whether ``key`` waits to be asked: neither answered, nor in living hands."""
+        row = self._row(key)
+        return row is None or not (row[0] == "ok" or (row[0] == "claimed" and self._alive(row[3], row[4], time.time())))
+
+    def held(self, owner: str) -> list[Key]:
+        """What ``owner`` has claimed."""
+        query = "SELECT image, kind, prompt, model, parameters FROM answers WHERE status = 'claimed' AND owner = ?"
+        return [Key(*row) for row in self.select(query, (owner,))]
+
+    def select(self, query: str, values: Sequence[object]) -> list[tuple[Any, ...]]:
+        """Rows of a query, for the tables that other modules keep in this file."""
+        return list(self._db.execute(query, tuple(values)))
+
+    def change(self, statement: str, values: Sequence[object]) -> None:
+        """One statement in its own transaction, for the tables that other modules keep in this file."""
+        with self._writing():
+            self._db.execute(statement, tuple(values))
 
     def totals(self) -> Totals:
         """What everything took, what failed and what came too late included."""

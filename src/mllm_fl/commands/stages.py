@@ -1,4 +1,4 @@
-"""``run``, ``annotate``, ``pretrain``, ``federate``, ``align``: the stages of a configuration."""
+"""``run``, ``pretrain``, ``federate``, ``align``: the stages of a configuration; ``annotate`` has a module of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 STAGES = {
     "run": "all stages of a configuration, every arm and seed; resumes what was interrupted",
-    "annotate": "stage 1a alone: a multimodal LLM annotates open images",
     "pretrain": "stage 1b alone: dynamic weighted pretraining of the compact model",
     "federate": "stage 2 alone: the rounds, without alignment",
     "align": "stage 3 alone: align the model of a finished `federate`",
@@ -121,9 +120,6 @@ def _one(
     from mllm_fl.stages import chain
 
     progress = screen.progress(f"{config.name} seed {config.seed}")
-    if verb == "annotate":
-        screen.say(f"corpus: {chain.annotate_stage(config, root, progress)}")
-        return None
     if verb == "pretrain":
         if config.pretrain is None:
             raise UserError(

@@ -17,7 +17,7 @@ from typing import Any
 from mllm_fl.annotate.agreement import agreement
 from mllm_fl.annotate.backends.base import Backend
 from mllm_fl.annotate.corpus import Corpus
-from mllm_fl.annotate.engine import Limits, Outcome, Question, ask, chunks
+from mllm_fl.annotate.engine import Limits, Outcome, Pending, Question, ask, chunks
 from mllm_fl.annotate.ledger import Key, Ledger, born, canonical
 from mllm_fl.annotate.open_images import OpenImages, lay_out
 from mllm_fl.annotate.prices import price_of
@@ -77,8 +77,12 @@ def annotate(
     with Ledger(folder / "ledger.sqlite") as ledger:
         if config.batch:
             from mllm_fl.annotate.backends.batch import ask_batches
+            from mllm_fl.annotate.backends.openai import OpenAIBackend
 
-            outcome = ask_batches(list(questions.values()), ledger, backend, limits, folder / "batches", progress, wait=wait)
+            assert isinstance(backend, OpenAIBackend)
+            outcome = ask_batches(
+                list(questions.values()), ledger, backend, limits, folder / "batches", progress, wait=wait
+            )
         else:
             outcome = ask(list(questions.values()), ledger, backend, limits, progress)
         _finish(config, folder, pictures, prompts, questions, ledger, backend, outcome)
@@ -162,6 +166,9 @@ def _finish(
 ) -> None:  # fmt: skip
     """Write card.json, then records.json: its presence means that the corpus is finished."""
     records = _records(pictures, prompts, questions, ledger)
+    if outcome.waiting:
+        problem = f"{outcome.waiting} batches are at work at the endpoint"
+        raise Pending(folder, problem, "run the same command later: it fetches what is done")
     if outcome.stopped is not None:
         there = sum(1 for _ in ledger.answered(questions))
         problem = f"stopped at {outcome.stopped}: {there:,} of {len(questions):,} annotations are there"

@@ -94,6 +94,11 @@ class OpenAIBackend:
         if self._stop is not None:
             raise self._stop
 
+    @property
+    def errors(self) -> Any:
+        """The client's module: its exceptions."""
+        return self._openai
+
     def client(self, **options: Any) -> Any:
         """An ``openai.OpenAI`` for this endpoint, for everything besides chat."""
         return self._openai.OpenAI(api_key=self._key or "none", base_url=self.base_url, timeout=self.timeout, **options)
