@@ -19,13 +19,15 @@ from tests import tiny_llava
 from mllm_fl.annotate.corpus import Corpus
 from mllm_fl.engines.checkpoint import load_checkpoint
 from mllm_fl.errors import UserError
-from mllm_fl.events import Event
+from mllm_fl.events import Event, silent
 from mllm_fl.models.network import ModelConfig, Network, build_network
 from mllm_fl.models.teacher.blend import lm_loss
 from mllm_fl.models.teacher.conversation import collate, encode
 from mllm_fl.models.teacher.llava import LlavaTeacher, fingerprint, load_llava
 from mllm_fl.stages import pretrain as stage
 from mllm_fl.stages.pretrain import PretrainConfig, alpha_at, lr_at, pretrain
+from mllm_fl.stages.pretraining.parallel import World
+from mllm_fl.stages.pretraining.store import alone
 from mllm_fl.trees import digest
 
 CONFIG = PretrainConfig(steps=6, batch_size=8, checkpoint_every=2)
@@ -43,6 +45,17 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> LlavaTeacher:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llava.corpus(tmp_path_factory.mktemp("corpora") / "corpus")
+
+
+def begun(
+    config: PretrainConfig, corpus: Path, teacher: LlavaTeacher, folder: Path, seed: int = 0, net: Network | None = None
+) -> stage._Run:
+    """A pretraining that is ready for its first step."""
+    folder.mkdir(exist_ok=True)
+    config = replace(config, image_size=config.image_size or 16)
+    run = stage._Run(config, net or network(), corpus, teacher, folder, seed, {}, World(), silent)
+    run.prepare(teacher, "cpu", (0.5,) * 3, (0.5,) * 3)
+    return run
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -133,16 +146,16 @@ def test_the_conversations_in_the_language_model_meet_their_own_pictures(
     """With ``lm_samples`` the first few of the batch, by hand: at alpha 0 CLIP's features, at alpha 1 the compact model's tokens."""
     config = replace(CONFIG, alpha=alpha, feature_mse=1.0, batch_size=6, lm_samples=2, steps=1, max_tokens=512)
     c, net = Corpus.open(corpus), network()
-    trainer = stage._Trainer(config, network(), c, teacher, tmp_path, 0, (0.5,) * 3, (0.5,) * 3, {})
-    batch = trainer._batch(0)
+    run = begun(config, corpus, teacher, tmp_path)
+    batch = run.stream.positions(0, 6)
     images = torch.tensor([c.images.index(c.records[int(i)].image) for i in batch])
     x = c.pixels(16)[images]
     tokens = net.train().tokens((x.float() / 255 - 0.5) / 0.5, teacher.grid)[:2]
-    said = collate([trainer.samples[int(i)] for i in batch[:2]], teacher.processor.tokenizer.pad_token_id)
+    said = collate([run.stream.sample(int(i)) for i in batch[:2]], teacher.processor.tokenizer.pad_token_id)
     z = teacher.features(x[:2]) if alpha == "zero" else None
     expected = lm_loss(teacher, *said, tokens, float(alpha == "one"), z)
     assert len(set(images.tolist())) > 2
-    assert trainer._step(0)["lm_loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert run.step(0)["lm_loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_the_scheduled_rate_and_the_clipped_gradient_reach_the_weights(
@@ -158,11 +171,9 @@ def test_the_scheduled_rate_and_the_clipped_gradient_reach_the_weights(
         return float(max((w[k] - start[k]).abs().max() for k, _ in network().named_parameters()))
 
     assert moved("warm", epochs=2.0, batch_size=64, warmup=0.0) == pytest.approx(CONFIG.lr, rel=1e-2)
-    trainer = stage._Trainer(
-        replace(CONFIG, steps=10, warmup=0.5, alpha="one"), network(), Corpus.open(corpus), teacher, tmp_path, 0, (0.5,) * 3, (0.5,) * 3, {}
-    )  # fmt: skip
-    trainer._step(0)
-    first = float(max((p.detach() - start[k]).abs().max() for k, p in trainer.trainable.items()))
+    run = begun(replace(CONFIG, steps=10, warmup=0.5, alpha="one"), corpus, teacher, tmp_path)
+    run.step(0)
+    first = float(max((p.detach() - start[k]).abs().max() for k, p in run.learner.trainable.items()))
     assert first == pytest.approx(CONFIG.lr / 5, rel=1e-2)
     assert moved("clipped", grad_clip=1e-12) < 1e-3 * CONFIG.lr
 
@@ -192,27 +203,13 @@ def test_without_room_for_features_the_result_is_the_same(
 def test_every_sample_comes_once_per_epoch_in_the_order_of_its_stream(
     teacher: LlavaTeacher, corpus: Path, tmp_path: Path
 ) -> None:
-    trainer = stage._Trainer(
-        CONFIG, network(), Corpus.open(corpus), teacher, tmp_path, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), {}
-    )
-    drawn = torch.cat([trainer._batch(s) for s in range(8)]).tolist()
+    run = begun(CONFIG, corpus, teacher, tmp_path / "a", seed=3)
+    drawn = torch.cat([run.stream.positions(s, 8) for s in range(8)]).tolist()
     assert sorted(drawn[:32]) == sorted(drawn[32:]) == list(range(32))
     assert drawn[:32] != drawn[32:]
-    assert trainer._batch(5).tolist() == drawn[40:48]
-    assert (
-        stage._Trainer(
-            replace(CONFIG, epochs=2.0),
-            network(),
-            Corpus.open(corpus),
-            teacher,
-            tmp_path,
-            3,
-            (0.5,) * 3,
-            (0.5,) * 3,
-            {},
-        ).steps
-        == 8
-    )
+    assert run.stream.positions(5, 8).tolist() == drawn[40:48]
+    assert begun(CONFIG, corpus, teacher, tmp_path / "b", seed=4).stream.positions(0, 8).tolist() != drawn[:8]
+    assert begun(replace(CONFIG, epochs=2.0), corpus, teacher, tmp_path / "c").steps == 8
 
 
 def test_the_compact_models_input_gives_one_position_per_feature(teacher: LlavaTeacher, tmp_path: Path) -> None:
@@ -290,19 +287,21 @@ for fatal in sys.argv[4:]:
 
 def test_killed_anywhere_it_resumes_to_the_same_bytes(teacher: LlavaTeacher, corpus: Path, tmp_path: Path) -> None:
     expected = digest(pretrain(CONFIG, network(), corpus, tmp_path / "whole", teacher=teacher))
-    points = [str(n) for n in (2, 5, 9, 24, 26)]  # in a step, in and after a save, before and after pretrain.json
+    points = [
+        str(n) for n in (2, 7, 10, 14, 29, 31)
+    ]  # before and in a step, in and after a save, before and after pretrain.json
     command = [sys.executable, "-c", KILLED, teacher.name, str(corpus), str(tmp_path), *points]
     subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
     curve = (tmp_path / "whole/pretrain.jsonl").read_bytes()
     for folder in (tmp_path / n for n in points):
-        assert (folder / "pretrain.json").exists() == (folder.name == "26")
+        assert (folder / "pretrain.json").exists() == (folder.name == "31")
         steps: list[Event] = []
         assert digest(pretrain(CONFIG, network(), corpus, folder, teacher=teacher, progress=steps.append)) == expected
-        assert len(steps) < 6 or int(folder.name) < 6  # it did not begin anew
+        assert len([e for e in steps if e.done]) < 6 or int(folder.name) < 10  # it did not begin anew
         assert digest(load_checkpoint(folder / "pretrained.safetensors")[0]) == expected
         assert (folder / "pretrain.jsonl").read_bytes() == curve
         left = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
-        assert left == ["pretrain.json", "pretrain.jsonl", "pretrained.safetensors"]
+        assert left == ["preflight.json", "pretrain.json", "pretrain.jsonl", "pretrained.safetensors"]
 
 
 def test_finished_weights_are_read_again_and_other_settings_refused(
@@ -322,6 +321,10 @@ def test_finished_weights_are_read_again_and_other_settings_refused(
     assert told["sample"]["predicted"].endswith("<eos>")
     assert (told["steps"], told["samples"], told["images"]) == (6, 32, 16)
     assert told["weights_sha256"] == digest(first)
+    before = json.loads((tmp_path / "preflight.json").read_text())
+    assert before["teacher"]["image_tokens"] == before["sample"]["image_tokens"] == 16
+    assert before["sample"]["tokens_predicted"] == told["sample"]["tokens_predicted"] > 0
+    assert told["memory"]["expected"] == sum(v for k, v in before["memory"].items() if k != "total") > 0
 
 
 def test_weights_made_from_another_teacher_or_corpus_are_refused(tmp_path: Path) -> None:
@@ -366,7 +369,7 @@ def test_weights_made_from_another_teacher_or_corpus_are_refused(tmp_path: Path)
 
 
 def test_a_folder_in_use_is_refused(teacher: LlavaTeacher, corpus: Path, tmp_path: Path) -> None:
-    with stage._alone(tmp_path), pytest.raises(UserError, match="another process is pretraining"):
+    with alone(tmp_path), pytest.raises(UserError, match="another process is pretraining"):
         pretrain(CONFIG, network(), corpus, tmp_path, teacher=teacher)
 
 

@@ -62,6 +62,13 @@ class Blueprint:
         """A picture as it stands in the text."""
         return self.family.picture(self.processor, self.place.tokens)
 
+    def skeleton(self, dtype: torch.dtype) -> nn.Module:
+        """The frozen model with random weights; for where tensors have no storage (FakeTensorMode)."""
+        from transformers import AutoModelForImageTextToText
+
+        model: nn.Module = AutoModelForImageTextToText.from_config(self.config, dtype=dtype)
+        return model.eval().requires_grad_(False)
+
     @cached_property
     def fingerprint(self) -> str | None:
         """See :func:`fingerprint`; of the files that this teacher is loaded from."""
@@ -84,6 +91,11 @@ class LlavaTeacher(Blueprint):
     def device(self) -> torch.device:
         """Where the weights lie."""
         return next(self.projector.parameters()).device
+
+    @property
+    def projector_dtype(self) -> torch.dtype:
+        """In which precision the frozen weights are kept."""
+        return next(self.projector.parameters()).dtype
 
     @property
     def takes_features(self) -> bool:
@@ -223,6 +235,17 @@ def load_llava(
         )
     model = model.to(device).eval().requires_grad_(False)
     return LlavaTeacher(plan.name, plan.config, plan.processor, plan.family, plan.place, model)
+
+
+def compute_twice(model: Any) -> None:
+    """Gradient checkpointing without training mode: only the layers' own flags are set, so that no dropout wakes up."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for m in model.modules():
+        if isinstance(m, GradientCheckpointingLayer):
+            m.training = True
 
 
 @contextmanager
