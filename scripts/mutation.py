@@ -20,6 +20,15 @@ class Mutant(NamedTuple):
     key: str
 
 
+COMMUTATIVE = {"min", "max", "minimum", "maximum"}
+"""Functions whose first two arguments may change places."""
+
+
+def called(node: ast.Call) -> str:
+    """The last name of what is called: ``maximum`` of ``torch.maximum(a, b)``."""
+    return ast.unparse(node.func).rpartition(".")[2]
+
+
 def variants(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:
     """(kind of change, what stands in the node's place; None: the statement is skipped)."""
     if isinstance(node, ast.BinOp):
@@ -61,7 +70,7 @@ def variants(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:
     elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         yield "constant changed", ast.Constant(node.value + 1 if isinstance(node.value, int) else node.value * 2)
     elif isinstance(node, ast.Call):
-        plain = not any(isinstance(a, ast.Starred) for a in node.args[:2])
+        plain = not any(isinstance(a, ast.Starred) for a in node.args[:2]) and called(node) not in COMMUTATIVE
         if len(node.args) >= 2 and plain and ast.dump(node.args[0]) != ast.dump(node.args[1]):
             yield "arguments swapped", ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)
         of_super = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "super()"

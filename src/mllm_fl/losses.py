@@ -76,12 +76,17 @@ def sharpened(p: Tensor, exponent: float) -> Tensor:
     return powered / powered.sum(-1, keepdim=True)
 
 
+def adjusted(logits: Tensor, prior: Tensor, tau: float = 1.0) -> Tensor:
+    """logits + tau log prior, row by row; a prior of 0 counts as 1e-9. ``logits`` (n, C), ``prior`` (C,). Shape (n, C)."""
+    return logits + tau * prior.clamp_min(1e-9).log()
+
+
 def logit_adjusted(logits: Tensor, y: Tensor, prior: Tensor, tau: float = 1.0) -> Tensor:
     """Cross-entropy of logits + tau log prior, Menon et al. 2021 (arXiv:2007.07314) eq. (10). Shape ().
 
     ``prior`` (C,), positive where a class exists; a class with prior 0 is adjusted as if it had 1e-9, which shuts it off.
     """
-    return F.cross_entropy(logits + tau * prior.clamp_min(1e-9).log(), y)
+    return F.cross_entropy(adjusted(logits, prior, tau), y)
 
 
 def balanced_softmax(logits: Tensor, y: Tensor, counts: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def effective_numbers(features: Tensor, y: Tensor, classes: int, batches: Sequen
     totals = torch.zeros(classes, device=features.device)
     sums = torch.zeros(classes, features.shape[1], device=features.device).index_add_(0, y, features)
     means = sums / torch.bincount(y, minlength=classes).clamp_min(1)[:, None]
-    unit = F.normalize(features - means[y], dim=1)
+    unit = F.normalize(features - means[y])
     for batch in (b.to(y.device) for b in batches):
         for c in y[batch].unique().tolist():
             mine = unit[batch[y[batch] == c]]

@@ -137,6 +137,16 @@ def test_each_image_is_taught_by_its_own_row() -> None:
     assert batches == [8, 7]
 
 
+def test_without_distillation_no_logits_are_carried() -> None:
+    task, w = given()
+    images = toy.images(2)
+    shard = Shard(0, 1, images, 0, teacher(images))
+    for alpha, retrain in ((0.0, True), (0.5, True), (0.5, False), (0.0, False)):
+        method = dataclasses.replace(FEW, alpha=alpha, retrain=retrain)
+        mine = method.begin(task, method.broadcast(method.init(task, w)), {}, shard)
+        assert ("each/teacher" in mine, "grad/0/bias" in mine) == (alpha > 0, retrain)
+
+
 def test_what_is_missing_is_named() -> None:
     task, w = given()
     without = dataclasses.replace(task, texts=None)

@@ -125,6 +125,33 @@ def test_the_distillation_grows_with_the_rounds() -> None:
     assert ramps == [0.25, 0.5, 1.0, 1.0]
 
 
+def test_what_a_client_of_many_images_and_of_one_begins_with() -> None:
+    """Forty images pass in batches of 32 of the stream's order; one image is all of its client's own prior."""
+    world, method = plain.world(sizes=(40, 1)), FedYoYo(gamma=0.5)
+    msg = method.broadcast(method.init(world.task, world.w))
+    m, y = plain.seen(world.clients[0])
+    order = torch.randperm(40, generator=stream(world.task.seed, "effective", 1, 0)).tolist()
+    wanted = effective(m * plain.of(world.w)["scale"], y, 3, [order[:32], order[32:]])
+    got = method.begin(world.task, msg, {}, world.shard(0, 1))
+    assert np.allclose(got["effective"].numpy(), wanted, rtol=1e-3)
+    alone = method.begin(world.task, msg, {}, world.shard(1, 1))
+    c = int(world.clients[1].labels[0])
+    assert alone["prior"].tolist() == pytest.approx([0.5 / 3 + 0.5 * (k == c) for k in range(3)])
+    assert alone["effective"].tolist() == [float(k == c) for k in range(3)]
+
+
+def test_no_image_is_classified_rightly() -> None:
+    """Nothing to distil: the loss is the cross-entropy of both views, not 0 / 0."""
+    world, method = plain.world(), FedYoYo(tau=1.0, gamma=0.0, warmup=1)
+    msg, shard = method.broadcast(method.init(world.task, world.w)), world.shard(0, 1)
+    w = world.w | {"classifier.bias": torch.tensor([60.0, 0.0, 0.0])}
+    mine = method.begin(world.task, msg, {}, shard)
+    wrong = [i for i, c in enumerate(shard.y.tolist()) if c != 0]
+    x, y = shard.x(wrong), shard.y[wrong]
+    loss = method.objective(world.task, w, msg, {**mine, "each/draws": mine["each/draws"][wrong]}, x, y)
+    assert float(loss) == pytest.approx(60.0, abs=2.0)
+
+
 def test_effective_numbers_by_loops_and_by_hand() -> None:
     """Opposite features: mean unit vector 0, so 1 / 1e-6. Two alike of three: 1 / ||mean||^2."""
     rng = np.random.default_rng(1)

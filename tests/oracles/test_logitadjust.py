@@ -46,3 +46,10 @@ def test_the_optimum_is_the_likelihood_ratio() -> None:
     """With priors 3/4 and 1/4 and equal logits the adjusted probability of class 0 is 3/4: loss log(4/3)."""
     got = logit_adjusted(torch.zeros(1, 2).double(), torch.tensor([0]), torch.tensor([0.75, 0.25]).double())
     assert float(got) == pytest.approx(np.log(4 / 3))
+
+
+def test_a_class_without_a_prior_counts_as_1e_9() -> None:
+    """Equal logits, priors 0 and 1: -log(1e-9 / (1 + 1e-9)) = 9 log 10 = 20.7233 for the class that nobody has."""
+    z, prior = torch.zeros(1, 2).double(), torch.tensor([0.0, 1.0]).double()
+    assert float(logit_adjusted(z, torch.tensor([0]), prior)) == pytest.approx(20.7233, abs=1e-4)
+    assert float(logit_adjusted(z, torch.tensor([0]), prior, 0.5)) == pytest.approx(10.3617, abs=1e-4)

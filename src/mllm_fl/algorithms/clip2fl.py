@@ -145,5 +145,5 @@ class CLIP2FL(Algorithm):
         return lambda f, y: self.contrast * prototype_contrast_gradient(f, y, *setting)
 
     def deploy(self, task: Task, s: Server) -> Tree:
-        h = dict(zip(task.head, (s.extra["head/weight"], s.extra["head/bias"]), strict=True)) if self.retrain else {}
-        return s.w | h
+        weight, bias = task.head
+        return s.w | ({weight: s.extra["head/weight"], bias: s.extra["head/bias"]} if self.retrain else {})

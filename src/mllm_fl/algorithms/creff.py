@@ -111,5 +111,5 @@ class CReFF(Algorithm):
         return replace(s, extra=kept)
 
     def deploy(self, task: Task, s: Server) -> Tree:
-        h = dict(zip(task.head, (s.extra["head/weight"], s.extra["head/bias"]), strict=True)) if self.retrain else {}
-        return s.w | h
+        weight, bias = task.head
+        return s.w | ({weight: s.extra["head/weight"], bias: s.extra["head/bias"]} if self.retrain else {})

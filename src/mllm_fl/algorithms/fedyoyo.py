@@ -32,7 +32,7 @@ from torch import Tensor
 from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Shard, Task, Update, empty_leaf
 from mllm_fl.data.strong import DRAWS, strong_view
 from mllm_fl.errors import UserError
-from mllm_fl.losses import logit_adjusted
+from mllm_fl.losses import adjusted, cross_entropy
 from mllm_fl.statistics import effective_numbers
 from mllm_fl.trees import Tree
 
@@ -108,11 +108,10 @@ class FedYoYo(Algorithm):
 
     def objective(self, task: Task, w: Tree, msg: Broadcast, mine: Tree, x: Tensor, y: Tensor) -> Tensor:
         views = torch.cat([x, strong_view(x, mine["each/draws"])]) if self.strong else x
-        z = task.forward(w, views)[1]
-        loss = logit_adjusted(z, y.repeat(len(views) // len(x)), mine["prior"], self.tau)
+        z = adjusted(task.forward(w, views)[1], mine["prior"], self.tau)
+        loss = cross_entropy(z, y.repeat(len(views) // len(x)))
         if not self.strong:
             return loss
-        z = z + self.tau * mine["prior"].clamp_min(1e-9).log()
         weak, strong = z.chunk(2)
         right = weak.argmax(1) == y
         if not bool(right.any()):
