@@ -14,7 +14,7 @@ VENV := uv venv --quiet --allow-existing --python $(PYTHON) .venv
 INSTALL := uv pip install --quiet --python $(BIN)/python $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND) )-c constraints.txt
 endif
 
-.PHONY: quickstart test browser lint bench mutants teachers experiment clean
+.PHONY: quickstart test test-deploy browser lint bench mutants teachers experiment clean
 
 ARMS := --arm fedavg --arm align --arm pretrain --arm pretrain-align
 quickstart: .venv/quickstart.stamp  ## the three stages on real handwritten digits: a table and report.html
@@ -26,6 +26,10 @@ quickstart: .venv/quickstart.stamp  ## the three stages on real handwritten digi
 test: .venv/dev.stamp lint browser  ## lint, types, tests
 	@echo "== tests (those marked 'data' need MLLM_FL_DATA=folder of the real data sets)"
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-deploy: .venv/dev.stamp  ## a federation of real processes, killed one after another: about a quarter of an hour on two idle cores
+	@echo "== deployment tests: real SuperLinks and SuperNodes on the loopback"
+	$(BIN)/python -m pytest -q -m deploy tests/deployment
 
 browser:  ## the report is looked at in a real browser: installed where there is none and apt-get may be used
 	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome google-chrome-stable chrome; do \

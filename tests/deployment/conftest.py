@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-flwr = pytest.importorskip("flwr", reason="pip install 'mllm-fl[flower]'")
 
 CONFIG = """
 experiment = "deployed"
@@ -35,6 +34,14 @@ batch_size = 8
 lr = 0.05
 augment = "crop"
 """
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Minutes of real processes: `make test-deploy`, which is `pytest -m deploy`."""
+    if "deploy" not in (config.getoption("-m") or ""):
+        for item in items:
+            if "deploy" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="minutes long: make test-deploy"))
 
 
 @pytest.fixture
@@ -70,7 +77,7 @@ def deployed(config: Path, nodes: dict[int, dict[str, Any]], tmp_path: Path) -> 
             write_sites(sites, [Site(f"site-{i + 1}", 101 + i) for i in range(3)])
         grid = FakeGrid(client_app(handle), nodes, faults)
         said = {"config": str(config), "set": set, "runs": str(tmp_path / "runs"), "sites": str(sites)}
-        final = main(GridLink(grid), said | {"poll": 0.01, "deadline": 5.0, "wait": 5.0} | values, 1)
+        final = main(GridLink(grid), said | {"poll": 0.01, "deadline": 60.0, "wait": 5.0} | values, 1)
         return final | {"grid": grid}
 
     return run

@@ -233,9 +233,10 @@ class RemoteEngine:
         self, kind: str, facts: Mapping[int, dict[str, Any]], tree: Packed, t: int, limit: int = 0, attempt: int = 1
     ) -> Iterator[tuple[int, Parcel | None, str]]:
         """Send, and take what comes until the deadline; each node's answer once, unpacked, or why there is none."""
-        start, nodes = time.monotonic(), list(facts)
+        nodes = list(facts)
         letters = [(node, kind, with_facts(tree, facts[node])) for node in nodes]
         ids = self.link.send(letters, str(t), self.schedule.deadline)
+        start = time.monotonic()
         up = wire_up = wire_down = 0
         for node, i, letter in zip(nodes, ids, letters, strict=True):
             if i is None:

@@ -1,0 +1,140 @@
+"""A federation of real processes on the loopback, and a hand that kills them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mllm_fl.deployment import control, follow, layout, processes
+
+
+class Federation:
+    """Two sites and a SuperLink with TLS and node keys; used as a context manager."""
+
+    def __init__(self, folder: Path, config: Path, nodes: int = 2, worker: bool = True) -> None:
+        port, *others = processes.free_ports(nodes + 1)
+        names = [f"site-{i + 1}" for i in range(nodes)]
+        self.made = layout.init(folder, sites=names, config=config, port=port, runtime_ports=others)
+        self.worker, self.said, self._open = worker, list[str](), contextlib.ExitStack()
+        self.link: processes.Kept
+        self.nodes: dict[str, processes.Kept] = {}
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def __enter__(self) -> Federation:
+        try:
+            self.link = self._open.enter_context(processes.superlink(self.made, self.say))
+            control.wait_ready(self.made, 600)
+            control.register(self.made)
+            for name in self.made.sites:
+                node = layout.Node.read(self.made.site(name))
+                if self.worker:
+                    self._open.enter_context(processes.worker(node, self.say))
+                self.nodes[name] = self._open.enter_context(processes.supernode(node, self.say))
+        except BaseException:
+            self._open.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def run(self, **values: Any) -> tuple[Path, str]:
+        return follow.start(self.made, follow.settings_of(self.made, **values), self.say)
+
+
+def until(what: Callable[[], Any], seconds: float = 900.0) -> Any:
+    """The first true value of ``what``; the machine may be busy, so the patience is long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = what()
+        if found:
+            return found
+        time.sleep(0.2)
+    raise AssertionError("it did not happen")
+
+
+def status(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((path / "status.json").read_text())
+        return found
+    except (OSError, ValueError):
+        return {}
+
+
+def in_round(path: Path, t: int) -> bool:
+    """Whether round ``t``'s training is on its way and nobody has answered."""
+    now = status(path)
+    return now.get("kind") == "train" and now.get("round") == t and len(now.get("waiting_for", ())) > 0
+
+
+def below(pid: int) -> list[tuple[int, str]]:
+    """All processes under ``pid``: (number, command)."""
+    table = {}
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit():
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+                command = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                table[int(place.name)] = (parent, command)
+    found, parents = [], {pid}
+    while True:
+        new = [(p, c) for p, (parent, c) in table.items() if parent in parents and p not in dict(found)]
+        if not new:
+            return found
+        found += new
+        parents |= {p for p, _ in new}
+
+
+def kill(kept: processes.Kept, word: str | None = None) -> bool:
+    """SIGKILL to the process itself, or to the one below it whose command has ``word``; False where there is none now."""
+    assert kept.process is not None
+    if word is None:
+        os.kill(kept.process.pid, signal.SIGKILL)
+        return True
+    found = [p for p, command in below(kept.process.pid) if word in command]
+    for p in found:
+        os.kill(p, signal.SIGKILL)
+    return bool(found)
+
+
+@contextlib.contextmanager
+def cli(*words: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command line as a user starts it; ended with all that it started."""
+    command = [sys.executable, "-m", "mllm_fl.cli", *words]
+    process = subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)  # it ends what it has started
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+        processes.end(process)  # type: ignore[arg-type]
+
+
+def background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """The call in a thread of its own, and where its result or exception will lie."""
+    box: list[Any] = []
+
+    def work() -> None:
+        try:
+            box.append(call())
+        except BaseException as e:
+            box.append(e)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread, box

@@ -1,0 +1,328 @@
+"""What a federation does with nodes that are late, gone, wrong or not who they say: it goes on, and writes down why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from tests.deployment.grid import failing
+
+from mllm_fl.deployment.node import SAYS, Kept
+from mllm_fl.deployment.sites import Site, write_sites
+from mllm_fl.engines.flower import from_content, to_content
+from mllm_fl.engines.wire import Packed, pack, unpack, with_facts
+from mllm_fl.errors import UserError
+from mllm_fl.runs import read_rows
+
+Run = Callable[..., dict[str, Any]]
+ONE = "federate.rounds = 1, federate.clients_per_round = 5"
+
+
+def folder(tmp_path: Path) -> Path:
+    [path] = (tmp_path / "runs" / "deployed").iterdir()
+    return path
+
+
+def events(tmp_path: Path, kind: str) -> list[dict[str, Any]]:
+    return [e for e in read_rows(folder(tmp_path) / "events.jsonl") if e["event"] == kind]
+
+
+def tampered(change: Callable[[Packed], Packed | RecordDict]) -> Any:
+    """A node whose answers to "train" are changed on their way."""
+
+    def fault(message: Message, answer: Callable[[], Message]) -> Message:
+        reply = answer()
+        if message.metadata.message_type != "train":
+            return reply
+        found = change(from_content(reply.content))
+        return Message(to_content(found) if isinstance(found, Packed) else found, reply_to=message)
+
+    return fault
+
+
+def only(kind: str, fault: Any) -> Any:
+    """The fault for messages of this type alone."""
+    return lambda message, answer: fault(message, answer) if message.metadata.message_type == kind else answer()
+
+
+def biases(change: Callable[[Any], Any]) -> Callable[[Packed], Packed]:
+    def changed(packed: Packed) -> Packed:
+        parcel = unpack(packed)
+        for tree in parcel.trees.values():
+            for name in tree:
+                if name.endswith("classifier.bias"):
+                    tree[name] = change(tree[name])
+        return pack(parcel)
+
+    return changed
+
+
+def huge(packed: Packed) -> Packed:
+    """Twenty megabytes in the place of a few kilobytes."""
+    parcel = unpack(packed)
+    parcel.trees["0/extra"] = {"ballast": biases_of(20 << 20)}
+    return pack(parcel)
+
+
+def biases_of(count: int) -> Any:
+    import torch
+
+    return torch.zeros(count, dtype=torch.uint8)
+
+
+def strangers(packed: Packed) -> RecordDict:
+    return RecordDict({"weights": ArrayRecord({"a": Array(np.ones(3))}), "config": ConfigRecord({"a": 1})})
+
+
+def objects(packed: Packed) -> Packed:
+    """A pickle in the place of an .npy."""
+    import io
+
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.array([{}], dtype=object), allow_pickle=True)  # what an attacker would send
+    blob = file.getvalue().ljust(len(packed.blobs[0]), b" ")[: len(packed.blobs[0])]
+    return Packed(packed.note, (blob, *packed.blobs[1:]))
+
+
+BAD = {
+    "NaN": (biases(lambda v: v * float("nan")), "0/w rejected NaN"),
+    "1e30": (biases(lambda v: v + 1e30), "magnitude 1e+30 > 1e+06"),
+    "a wrong shape": (biases(lambda v: v[:3]), "shape (3,) instead of (10,)"),
+    "a wrong type": (biases(lambda v: v.double()), "dtype torch.float64 instead of torch.float32"),
+    "no tensors": (lambda p: Packed(json.dumps(json.loads(p.note) | {"leaves": []})), "names differ"),
+    "too much": (huge, "unreadable answer"),
+    "another app's record": (strangers, "unreadable answer: not a message of mllm-fl"),
+    "a pickle": (objects, "unreadable answer"),
+    "nobody's client": (lambda p: with_facts(p, {"told": []}), "its node did not answer for it"),
+    "no facts": (lambda p: with_facts(p, {"told": [{"client": 0}, {"client": 3}]}), "its answer is not in our form"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_node_that_sends_nonsense_is_left_out_and_the_others_go_on(what: str, deployed: Run, tmp_path: Path) -> None:
+    change, says = BAD[what]
+    final = deployed(ONE, {101: tampered(change)})
+    [row] = read_rows(folder(tmp_path) / "rounds.jsonl")
+    told = [str(r["reason"]) for r in read_rows(folder(tmp_path) / "clients.jsonl") if r["status"] == "rejected"]
+    told += list(row.get("dropped", {}).values())
+    assert len(told) == 2 and all(says.removeprefix("0/w rejected ") in why for why in told)  # clients 0 and 3
+    assert final["last"]["accuracy"] > 0 and row["train_loss"] > 0
+
+
+GONE = {1: "could not be loaded", 2: "in the node's log", 3: "before the deadline", 5: "went away", 8: "process died"}
+
+
+@pytest.mark.parametrize("code", GONE)
+def test_flowers_errors_are_reasons_and_the_mean_is_over_the_others(code: int, deployed: Run, tmp_path: Path) -> None:
+    secret = "/home/anna/patients/0001.png"
+    deployed(ONE, {102: only("train", failing(code, f"<class 'OSError'>:<'{secret}'>"))})
+    [row] = read_rows(folder(tmp_path) / "rounds.jsonl")
+    assert set(row["dropped"]) == {"1", "4"} and all(GONE[code] in why for why in row["dropped"].values())
+    weights = [r["weight"] for r in read_rows(folder(tmp_path) / "clients.jsonl")]
+    assert len(weights) == 3 and row["train_loss"] > 0
+    assert secret not in (folder(tmp_path) / "events.jsonl").read_text()
+
+
+def test_a_dropped_client_leaves_the_mean_of_the_others(deployed: Run, config: Path, tmp_path: Path) -> None:
+    """Against the simulator with the same clients and none of the dropped one's: the weights are renormalised."""
+    from mllm_fl.algorithms.base import FedAvg, Server, Shard
+    from mllm_fl.config import load
+    from mllm_fl.deployment.server import dotted
+    from mllm_fl.engines.config import EngineConfig
+    from mllm_fl.engines.serial import SerialEngine
+    from mllm_fl.stages import chain
+    from mllm_fl.trees import clone, digest
+
+    final = deployed(ONE, {102: only("train", failing(5))})
+    [alone] = load(config, dotted(ONE)).runs
+    federation = chain.federation_of(alone)
+    from mllm_fl.models.network import build_network
+
+    network = build_network(alone.model, 10, alone.seed)
+    w = clone(network.state_dict())
+    task = chain.task_of(alone, federation, network, EngineConfig(precision="fp32", layout="nchw"))
+    shards = [Shard(k, 1, federation.client(k), alone.seed) for k in (0, 2, 3)]
+    with SerialEngine(EngineConfig(), task, FedAvg(), alone.federate.local) as engine:
+        updates = [r.update for r in engine.clients(FedAvg().broadcast(Server(w)), shards, {})]
+    assert digest(FedAvg().server(task, Server(w), updates).w) == final["weights_sha256"]
+
+
+def test_a_node_that_owes_an_answer_gets_no_other_message_until_it_has_answered(deployed: Run, tmp_path: Path) -> None:
+    """Silent in round 1; its answer comes during round 2, is thrown away, and it is asked again in round 3."""
+    held: list[Message] = []
+
+    def slow(message: Message, answer: Callable[[], Message]) -> Message | None:
+        if message.metadata.group_id == "1":
+            held.append(answer())
+            return None
+        return answer()
+
+    def releases(message: Message, answer: Callable[[], Message]) -> Message:
+        if message.metadata.group_id == "2" and held:
+            late = held.pop()
+            final["grid"].waiting[late.metadata.reply_to_message_id] = late
+        return answer()
+
+    final: dict[str, Any] = {}
+    from mllm_fl.engines import remote
+
+    was, remote.GRACE = remote.GRACE, 0.0
+    try:
+        import tests.deployment.grid as grids
+
+        keep = grids.FakeGrid.__init__
+
+        def remembered(self: Any, *args: Any, **kwargs: Any) -> None:
+            keep(self, *args, **kwargs)
+            final["grid"] = self
+
+        grids.FakeGrid.__init__ = remembered  # type: ignore[method-assign]
+        deployed(
+            "federate.clients_per_round = 5", {102: only("train", slow), 101: only("train", releases)}, deadline=0.5
+        )
+    finally:
+        remote.GRACE, grids.FakeGrid.__init__ = was, keep  # type: ignore[method-assign]
+    rows = read_rows(folder(tmp_path) / "rounds.jsonl")
+    assert [sorted(set(r.get("dropped", {}).values())) for r in rows] == [
+        ["no answer before the deadline"],
+        ["its node still owes an answer"],
+        [],
+    ]
+    assert [t for n, t in final["grid"].pushed if n == 102] == ["query", "train", "train"]
+    assert [e["site"] for e in events(tmp_path, "late answer")] == ["site-2"]
+    assert final["grid"].ttls == {0.5}
+
+
+def test_too_few_answers_play_the_round_again_and_the_bits_are_those_of_an_unhurt_run(
+    deployed: Run, tmp_path: Path
+) -> None:
+    calm = deployed(ONE)
+    seen: list[str] = []
+
+    def once(message: Message, answer: Callable[[], Message]) -> Message:
+        seen.append("train")
+        return failing(8)(message, answer) if len(seen) == 1 else answer()  # type: ignore[return-value]
+
+    hurt = deployed(ONE, {101: only("train", once)}, minimum=5, runs=str(tmp_path / "again"))
+    assert hurt["weights_sha256"] == calm["weights_sha256"]
+    [path] = (tmp_path / "again" / "deployed").iterdir()
+    [event] = [e for e in read_rows(path / "events.jsonl") if e["event"] == "too few answers"]
+    assert (event["answers"], event["minimum"], event["reasons"]) == (3, 5, ["the client's process died"])
+
+
+def test_a_round_that_never_has_enough_stops_with_one_line(deployed: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"round 1: 3 answers, 5 are the minimum \(the client's process died\).*resume"):
+        deployed(ONE, {101: only("train", failing(8))}, minimum=5, attempts=2, wait=0.1)
+    assert "3 answers" in json.loads((folder(tmp_path) / "status.json").read_text())["stopped"]
+
+
+def test_a_node_that_claims_anothers_name_is_refused_and_recorded(
+    deployed: Run, nodes: dict[int, dict[str, Any]], tmp_path: Path
+) -> None:
+    nodes[102]["site"] = "site-1"
+    with pytest.raises(
+        UserError, match="site site-2: not admitted.*says it is 'site-1', but its key is that of 'site-2'"
+    ):
+        deployed(ONE, wait=0.2)
+    assert [e["reason"][:20] for e in events(tmp_path, "site refused")] == ["says it is 'site-1',"]
+
+
+def test_a_key_that_belongs_to_no_site_is_refused_and_the_run_goes_on_without_it(
+    deployed: Run, nodes: dict[int, dict[str, Any]], tmp_path: Path
+) -> None:
+    nodes[999] = nodes[101] | {"state": str(tmp_path / "impostor")}
+    deployed(ONE)
+    [event] = events(tmp_path, "site refused")
+    assert (event["node"], event["reason"]) == (
+        "999",
+        "its key belongs to no site of this federation (it says it is 'site-1')",
+    )
+
+
+def test_a_node_is_not_asked_for_a_client_that_its_own_configuration_does_not_give_it(
+    deployed: Run, nodes: dict[int, dict[str, Any]], tmp_path: Path
+) -> None:
+    nodes[102]["partition-id"] = 0
+    with pytest.raises(UserError, match=r"plays clients \[0, 3\], but 'site-2' has \[1, 4\]"):
+        deployed(ONE, wait=0.2)
+
+
+def test_what_a_client_remembers_outlives_a_server_that_forgot_its_last_round(tmp_path: Path) -> None:
+    """The server fell back to its checkpoint of round 2: it asks for round 2's memory although round 3 was trained."""
+    import torch
+
+    kept = Kept(tmp_path)
+    for t in (1, 2, 3):
+        kept.save({"c": torch.tensor([float(t)])}, t, before=t - 1, checkpointed=t - 1)
+    assert [float(kept.load(t)["c"]) for t in (2, 3)] == [2.0, 3.0]  # type: ignore[index]
+    assert kept.load(1) is None and kept.load(0) == {}
+
+
+def test_a_memory_that_is_gone_is_recorded_and_the_client_begins_anew(
+    deployed: Run, nodes: dict[int, dict[str, Any]], tmp_path: Path
+) -> None:
+    import shutil
+
+    def robbed(message: Message, answer: Callable[[], Message]) -> Message:
+        shutil.rmtree(Path(nodes[101]["state"]) / "memory", ignore_errors=True)
+        return answer()
+
+    deployed('federate.algorithm = "scaffold", federate.clients_per_round = 5', {101: only("train", robbed)})
+    lost = events(tmp_path, "a client has lost its memory")
+    assert [(e["round"], e["client"], e["site"]) for e in lost] == [(t, k, "site-1") for t in (2, 3) for k in (0, 3)]
+
+
+def test_another_version_is_refused_in_words_that_name_both(
+    deployed: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import mllm_fl.deployment.node as node
+
+    monkeypatch.setattr(node, "__version__", "0.0.1")
+    with pytest.raises(UserError, match="another version of mllm-fl: 0.0.1, the server"):
+        deployed(ONE, wait=0.2)
+
+
+def test_an_exception_at_a_site_tells_the_server_its_type_and_the_site_everything(
+    deployed: Run, nodes: dict[int, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import mllm_fl.engines.local as local
+
+    def breaks(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("/home/anna/patients/0001.png")
+
+    monkeypatch.setattr(local, "train_client", breaks)
+    with pytest.raises(UserError, match=f"{SAYS['failed'][:20]}.*RuntimeError".replace("(", r"\(")):
+        deployed(ONE, minimum=1, attempts=1, wait=0.1)
+    everything = b"".join(p.read_bytes() for p in folder(tmp_path).iterdir() if p.is_file())
+    assert b"anna" not in everything
+    assert "anna" in (Path(nodes[101]["state"]) / "log.jsonl").read_text()
+
+
+def test_the_payload_is_what_the_method_declares(deployed: Run, tmp_path: Path) -> None:
+    """Bytes of tensors up: weights and CReFF's declared extras of each client, counted on the wire by what Flower carried."""
+    final = deployed(
+        'federate.algorithm = "creff", federate.rounds = 1, federate.clients_per_round = 5, federate.method.features = 2, '
+        "federate.method.match_steps = 1, federate.method.head_epochs = 1"
+    )
+    rows = read_rows(folder(tmp_path) / "clients.jsonl")
+    [sent] = events(tmp_path, "train exchanged")
+    assert sent["payload_up"] == sum(r["bytes_up"] for r in rows) == final["bytes_up"]
+    assert sent["payload_up"] < sent["wire_up"] <= final["grid"].bytes_up < 1.6 * sent["wire_up"]
+
+
+def test_sites_are_read_strictly(tmp_path: Path) -> None:
+    path = tmp_path / "sites.json"
+    write_sites(path, [Site("a", 2**63 + 5), Site("b")])
+    from mllm_fl.deployment.sites import read_sites
+
+    assert read_sites(path) == [Site("a", 2**63 + 5), Site("b", None)]
+    write_sites(path, [Site("a", 1), Site("b", 1)])
+    with pytest.raises(UserError, match="a site or a node twice"):
+        read_sites(path)
+    assert dataclasses.asdict(Site("a")) == {"name": "a", "node": None}
