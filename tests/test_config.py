@@ -37,7 +37,7 @@ MISTAKES = [
     ("federate.algorithm = 'no_such_module:X'", r"federate.algorithm: no module 'no_such_module'"),
     ("federate.algorithm = 'json:JSONDecoder'", r"is not a subclass of mllm_fl.algorithms.base.Algorithm"),
     ("federate.method.mu = 0.1", r"federate.method.mu: unknown key"),
-    ("federate.algorithm = 'fedprox'\nfederate.method.mu = -1", r"federate.method.mu: FedProx needs mu >= 0"),
+    ("federate.algorithm = 'fedprox'\nfederate.method.mu = -1", r"federate.method.mu: FedProx needs mu in"),
     ("model.adapter = 'linaer'", r"model.adapter: 'linaer' is not allowed; did you mean 'linear'\?"),
     ("model = 3", r"model: expected a table, got 3; write \[model\]"),
     ("data.clients = 5", r"federate.clients_per_round: 8 online clients, but data.clients is 5"),

@@ -160,9 +160,12 @@ def test_server_numbers_come_from_named_streams_alone() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"features": 0}, "federate.method.features: CReFF needs a finite number >= 1, not 0"),
+        ({"features": 0}, "federate.method.features: CReFF needs features in \\[1, inf\\), not 0"),
         ({"head_batch": 0}, "federate.method.head_batch"),
-        ({"match_lr": -0.1}, "federate.method.match_lr: CReFF needs a finite number >= 0, not -0.1"),
+        (
+            {"match_lr": -0.1},
+            "federate.method.match_lr: CReFF needs match_lr in \\[0, inf\\), not -0.1; the default is 0.1",
+        ),
         ({"head_lr": float("nan")}, "federate.method.head_lr"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 
 import pytest
 
@@ -31,6 +33,16 @@ def test_conforms(name: str, check: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_its_file_says_where_it_comes_from(name: str) -> None:
     assert "arXiv" in (__import__(find(name).__module__, fromlist=["x"]).__doc__ or "")
+
+
+def test_files_stay_short() -> None:
+    """CReFF and CLIP2FL within 150 lines each; FedProx's body, the hooks without its docstrings, within ten."""
+    for name in ("creff", "clip2fl"):
+        assert len(inspect.getsource(inspect.getmodule(find(name)) or find(name)).splitlines()) <= 150
+    (body,) = ast.parse(inspect.getsource(find("fedprox"))).body
+    assert isinstance(body, ast.ClassDef)
+    lines = [n for n in body.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+    assert sum(len(ast.unparse(n).splitlines()) for n in lines) <= 10
 
 
 def play(

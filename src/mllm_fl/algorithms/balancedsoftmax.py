@@ -17,9 +17,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Broadcast, Task
+from mllm_fl.algorithms.base import Broadcast, Task, in_ranges
 from mllm_fl.algorithms.counts import SharesCounts
-from mllm_fl.errors import UserError
 from mllm_fl.losses import balanced_softmax, cross_entropy
 from mllm_fl.trees import Tree
 
@@ -33,8 +32,7 @@ class BalancedSoftmax(SharesCounts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.power <= 10:
-            raise UserError("federate.method.power", f"{self.power} is not in 0 .. 10", "0 is FedAvg")
+        in_ranges(self, power="[0, 10]")
 
     def objective(self, task: Task, w: Tree, msg: Broadcast, mine: Tree, x: Tensor, y: Tensor) -> Tensor:
         logits = task.forward(w, x)[1]

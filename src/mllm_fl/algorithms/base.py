@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_fl.data.images import ImageSet
+from mllm_fl.errors import UserError
 from mllm_fl.losses import cross_entropy
 from mllm_fl.seeds import method_stream
 from mllm_fl.trees import Tree, weighted_mean
@@ -32,6 +33,23 @@ from mllm_fl.trees import Tree, weighted_mean
 def empty_leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A leaf of this shape and dtype without values or memory, to say a form with."""
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def in_ranges(method: Algorithm, **intervals: str) -> None:
+    """Refuse a field outside its interval, ``in_ranges(self, momentum="[0, 1)")``: one line with method, field, default and FedAvg's value.
+
+    Raises:
+        UserError: a value outside, or NaN.
+    """
+    cls = type(method)
+    for name, interval in intervals.items():
+        value, (low, high) = getattr(method, name), (float(v) for v in interval[1:-1].split(","))
+        above = low < value if interval[0] == "(" else low <= value
+        if not (above and (value < high if interval[-1] == ")" else value <= high)):
+            default = f"the default is {cls.__dataclass_fields__[name].default}"
+            neutral = f", {cls.neutral[name]} is FedAvg" if name in cls.neutral else ""
+            problem = f"{cls.__name__} needs {name} in {interval}, not {value}"
+            raise UserError(f"federate.method.{name}", problem, default + neutral)
 
 
 class Broadcast(NamedTuple):

@@ -22,9 +22,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Algorithm, Broadcast, Server, Shard, Task, empty_leaf
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Server, Shard, Task, empty_leaf, in_ranges
 from mllm_fl.descent import batches, descend
-from mllm_fl.errors import UserError
 from mllm_fl.losses import cross_entropy
 from mllm_fl.statistics import gaussian, moments, pooled_moments
 from mllm_fl.trees import Tree, prefixed
@@ -43,13 +42,7 @@ class CCVR(Algorithm):
     concludes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, low in (("samples", 0), ("epochs", 1), ("batch_size", 1)):
-            if getattr(self, name) < low:
-                raise UserError(
-                    f"federate.method.{name}", f"{getattr(self, name)} is below {low}", "0 samples is FedAvg"
-                )
-        if not 0 < self.lr <= 1000:
-            raise UserError("federate.method.lr", f"{self.lr} is not in (0, 1000]")
+        in_ranges(self, samples="[0, inf)", epochs="[1, inf)", batch_size="[1, inf)", lr="(0, 1000]")
 
     def upload_bytes(self, task: Task, present: int) -> int:
         """Once, not in every round."""

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Shard, Task, Update
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Shard, Task, Update, in_ranges
 from mllm_fl.data.dsa import siamese
 from mllm_fl.errors import UserError
 from mllm_fl.losses import cross_entropy, distillation
@@ -66,10 +66,9 @@ class CLIP2FL(Algorithm):
     needs: ClassVar[tuple[str, ...]] = ("teacher", "texts")
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = 1e-3 if "temperature" in name else int(name in ("features", "head_batch", "repeats", "images"))
-            if not least <= value < float("inf"):
-                raise UserError(f"federate.method.{name}", f"CLIP2FL needs a finite number >= {least}, not {value}")
+        for name in vars(self):
+            least = "0.001" if "temperature" in name else int(name in ("features", "head_batch", "repeats", "images"))
+            in_ranges(self, **{name: f"[{least}, inf)"})
 
     def upload_bytes(self, task: Task, present: int) -> int:
         return present * self.download_bytes(task)

@@ -28,7 +28,8 @@ class SharesCounts(Algorithm):
 
     def __post_init__(self) -> None:
         if self.prior not in ("global", "local"):
-            raise UserError("federate.method.prior", f"{self.prior!r} is unknown", "use 'global' or 'local'")
+            problem = f"{type(self).__name__} knows no prior {self.prior!r}"
+            raise UserError("federate.method.prior", problem, "use 'global' or 'local'")
 
     def upload_bytes(self, task: Task, present: int) -> int:
         return 4 * len(task.class_names) if self.prior == "global" else 0

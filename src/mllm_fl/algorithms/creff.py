@@ -29,9 +29,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Shard, Task, Update
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Shard, Task, Update, in_ranges
 from mllm_fl.data.dsa import siamese
-from mllm_fl.errors import UserError
 from mllm_fl.matching import Sums, class_gradients, fresh_state, gathering, gradient_form, match_and_retrain
 from mllm_fl.trees import Tree, prefixed, under
 
@@ -60,10 +59,9 @@ class CReFF(Algorithm):
     downloads: ClassVar[str] = "the retrained head: C (d + 1) floats"
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = 1 if name in ("features", "head_batch", "repeats", "images") else 0
-            if not least <= value < float("inf"):
-                raise UserError(f"federate.method.{name}", f"CReFF needs a finite number >= {least}, not {value}")
+        for name in vars(self):
+            least = int(name in ("features", "head_batch", "repeats", "images"))
+            in_ranges(self, **{name: f"[{least}, inf)"})
 
     def upload_bytes(self, task: Task, present: int) -> int:
         return present * self.download_bytes(task)

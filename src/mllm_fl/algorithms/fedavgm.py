@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from mllm_fl.algorithms.base import Algorithm, Server, Task, Update
+from mllm_fl.algorithms.base import Algorithm, Server, Task, Update, in_ranges
 from mllm_fl.errors import UserError
 from mllm_fl.trees import Tree
 
@@ -34,12 +34,9 @@ class FedAvgM(Algorithm):
     neutral: ClassVar[dict[str, Any]] = {"momentum": 0.0}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
-            raise UserError("federate.method.momentum", f"{self.momentum} is not in [0, 1)", "0 is FedAvg")
+        in_ranges(self, momentum="[0, 1)", server_lr="(0, 100]")
         if self.form not in ("sum", "ema"):
-            raise UserError("federate.method.form", f"{self.form!r} is unknown", "use 'sum' or 'ema'")
-        if not 0 < self.server_lr <= 100:
-            raise UserError("federate.method.server_lr", f"{self.server_lr} is not in (0, 100]", "1 is the paper's")
+            raise UserError("federate.method.form", f"FedAvgM knows no form {self.form!r}", "use 'sum' or 'ema'")
 
     def init(self, task: Task, w: Tree) -> Server:
         return Server(w=w, extra={k: torch.zeros_like(w[k]) for k in task.trainable})  # v

@@ -24,10 +24,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Algorithm, Server, Task, Update
+from mllm_fl.algorithms.base import Algorithm, Server, Task, Update, in_ranges
 from mllm_fl.algorithms.distilling import lessons, unlabelled
 from mllm_fl.descent import descend
-from mllm_fl.errors import UserError
 from mllm_fl.losses import ensemble_kl, sharpened
 from mllm_fl.trees import Tree, weighted_mean
 
@@ -68,14 +67,8 @@ class FedBE(Algorithm):
     needs: ClassVar[tuple[str, ...]] = ("unlabelled",)
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 0), ("batch_size", 2), ("samples", 0), ("average_every", 1)):
-            if getattr(self, name) < low:
-                raise UserError(f"federate.method.{name}", f"{getattr(self, name)} is below {low}", "0 steps is FedAvg")
-        for name in ("lr", "sharpen"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"federate.method.{name}", f"{getattr(self, name)} is not positive")
-        if not self.variance >= 0:
-            raise UserError("federate.method.variance", f"{self.variance} is negative")
+        in_ranges(self, steps="[0, inf)", batch_size="[2, inf)", samples="[0, inf)", average_every="[1, inf)")
+        in_ranges(self, lr="(0, inf)", sharpen="(0, inf)", variance="[0, inf)")
 
     def server(self, task: Task, s: Server, updates: Iterable[Update]) -> Server:
         received = list(updates)

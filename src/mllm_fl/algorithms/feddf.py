@@ -21,10 +21,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Algorithm, Server, Task, Update
+from mllm_fl.algorithms.base import Algorithm, Server, Task, Update, in_ranges
 from mllm_fl.algorithms.distilling import lessons, unlabelled
 from mllm_fl.descent import descend
-from mllm_fl.errors import UserError
 from mllm_fl.losses import kl
 from mllm_fl.trees import Tree
 
@@ -42,12 +41,8 @@ class FedDF(Algorithm):
     needs: ClassVar[tuple[str, ...]] = ("unlabelled",)
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 0), ("batch_size", 2)):
-            if getattr(self, name) < low:
-                raise UserError(f"federate.method.{name}", f"{getattr(self, name)} is below {low}", "0 steps is FedAvg")
-        for name in ("lr", "temperature", "max_norm"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"federate.method.{name}", f"{getattr(self, name)} is not positive")
+        in_ranges(self, steps="[0, inf)", batch_size="[2, inf)")
+        in_ranges(self, lr="(0, inf)", temperature="(0, inf)", max_norm="(0, inf)")
 
     def server(self, task: Task, s: Server, updates: Iterable[Update]) -> Server:
         received = list(updates)

@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Algorithm, Broadcast, Task
-from mllm_fl.errors import UserError
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Task, in_ranges
 from mllm_fl.losses import focal
 from mllm_fl.trees import Tree
 
@@ -30,10 +29,7 @@ class FedFocal(Algorithm):
     neutral: ClassVar[dict[str, Any]] = {"gamma": 0.0, "alpha": 1.0}
 
     def __post_init__(self) -> None:
-        if not self.gamma >= 0:
-            raise UserError("federate.method.gamma", f"Fed-Focal needs gamma >= 0, not {self.gamma}", "0 is FedAvg")
-        if not self.alpha > 0:
-            raise UserError("federate.method.alpha", f"Fed-Focal needs alpha > 0, not {self.alpha}", "1 is the default")
+        in_ranges(self, gamma="[0, inf)", alpha="(0, inf)")
 
     def objective(self, task: Task, w: Tree, msg: Broadcast, mine: Tree, x: Tensor, y: Tensor) -> Tensor:
         return focal(task.forward(w, x)[1], y, self.gamma, self.alpha)

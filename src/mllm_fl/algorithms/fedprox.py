@@ -16,8 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Algorithm, Broadcast, Task
-from mllm_fl.errors import UserError
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Task, in_ranges
 from mllm_fl.losses import proximal
 from mllm_fl.trees import Tree
 
@@ -30,8 +29,7 @@ class FedProx(Algorithm):
     neutral: ClassVar[dict[str, Any]] = {"mu": 0.0}
 
     def __post_init__(self) -> None:
-        if not self.mu >= 0:
-            raise UserError("federate.method.mu", f"FedProx needs mu >= 0, not {self.mu}", "0 is FedAvg")
+        in_ranges(self, mu="[0, inf)")
 
     def objective(self, task: Task, w: Tree, msg: Broadcast, mine: Tree, x: Tensor, y: Tensor) -> Tensor:
         loss = super().objective(task, w, msg, mine, x, y)

@@ -29,9 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Shard, Task, Update, empty_leaf
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Shard, Task, Update, empty_leaf, in_ranges
 from mllm_fl.data.strong import DRAWS, strong_view
-from mllm_fl.errors import UserError
 from mllm_fl.losses import adjusted, cross_entropy
 from mllm_fl.statistics import effective_numbers
 from mllm_fl.trees import Tree
@@ -64,15 +63,7 @@ class FedYoYo(Algorithm):
     downloads: ClassVar[str] = "the global prior, one number a class"
 
     def __post_init__(self) -> None:
-        for name in ("tau", "strength"):
-            if not 0 <= getattr(self, name) <= 100:
-                raise UserError(f"federate.method.{name}", f"{getattr(self, name)} is not in 0 .. 100")
-        if not 0 <= self.gamma <= 1:
-            raise UserError("federate.method.gamma", f"{self.gamma} is not in 0 .. 1", "0.1 is the script's")
-        if not self.temperature > 0:
-            raise UserError("federate.method.temperature", f"{self.temperature} is not positive")
-        if self.warmup < 1:
-            raise UserError("federate.method.warmup", f"{self.warmup} is below 1 round")
+        in_ranges(self, tau="[0, 100]", strength="[0, 100]", gamma="[0, 1]", temperature="(0, inf)", warmup="[1, inf)")
 
     def upload_bytes(self, task: Task, present: int) -> int:
         return 4 * len(task.class_names)

@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Broadcast, Task
+from mllm_fl.algorithms.base import Broadcast, Task, in_ranges
 from mllm_fl.algorithms.counts import SharesCounts
-from mllm_fl.errors import UserError
 from mllm_fl.losses import logit_adjusted
 from mllm_fl.trees import Tree
 
@@ -32,8 +31,7 @@ class LogitAdjust(SharesCounts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.tau <= 10:
-            raise UserError("federate.method.tau", f"{self.tau} is not in 0 .. 10", "0 is FedAvg")
+        in_ranges(self, tau="[0, 10]")
 
     def objective(self, task: Task, w: Tree, msg: Broadcast, mine: Tree, x: Tensor, y: Tensor) -> Tensor:
         return logit_adjusted(task.forward(w, x)[1], y, self.shares(mine), self.tau)

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mllm_fl.algorithms.base import Algorithm, Broadcast, Server, Task, Update
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Server, Task, Update, in_ranges
 from mllm_fl.descent import descend
 from mllm_fl.errors import UserError
 from mllm_fl.losses import cross_entropy, weighted_cross_entropy
@@ -44,14 +44,7 @@ class RatioLoss(Algorithm):
     downloads: ClassVar[str] = "class weights, one number a class"
 
     def __post_init__(self) -> None:
-        if not (self.alpha > 0 and self.beta >= 0):
-            raise UserError(
-                "federate.method.alpha", f"alpha {self.alpha}, beta {self.beta}: alpha > 0, beta >= 0 needed"
-            )
-        if self.steps < 1:
-            raise UserError("federate.method.steps", f"{self.steps} is below 1", "beta = 0 is FedAvg")
-        if not 0 < self.lr <= 1000:
-            raise UserError("federate.method.lr", f"{self.lr} is not in (0, 1000]")
+        in_ranges(self, alpha="(0, inf)", beta="[0, inf)", steps="[1, inf)", lr="(0, 1000]")
 
     def download_bytes(self, task: Task) -> int:
         return 4 * len(task.class_names)

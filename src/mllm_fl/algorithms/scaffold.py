@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Task, Update, empty_leaf
+from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Server, Task, Update, empty_leaf, in_ranges
 from mllm_fl.errors import UserError
 from mllm_fl.trees import Tree, weighted_mean
 
@@ -33,8 +33,7 @@ class Scaffold(Algorithm):
     downloads: ClassVar[str] = "the server's control variate, as large as the parameters"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.control <= 1:
-            raise UserError("federate.method.control", f"{self.control} is not in [0, 1]", "1 is SCAFFOLD, 0 is FedAvg")
+        in_ranges(self, control="[0, 1]")
 
     def upload_bytes(self, task: Task, present: int) -> int:
         return sum(p.numel() * p.element_size() for p in task.net.parameters())

@@ -16,8 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from mllm_fl.algorithms.base import Algorithm, Server, Task
-from mllm_fl.errors import UserError
+from mllm_fl.algorithms.base import Algorithm, Server, Task, in_ranges
 from mllm_fl.statistics import tau_normalised
 from mllm_fl.trees import Tree
 
@@ -31,10 +30,7 @@ class TauNorm(Algorithm):
     neutral: ClassVar[dict[str, Any]] = {"tau": 0.0, "bias": True}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tau <= 10:
-            raise UserError(
-                "federate.method.tau", f"tau-norm needs tau in 0 .. 10, not {self.tau}", "1 normalises fully"
-            )
+        in_ranges(self, tau="[0, 10]")
 
     def deploy(self, task: Task, s: Server) -> Tree:
         weight, bias = task.head
