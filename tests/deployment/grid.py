@@ -23,7 +23,8 @@ def wired(content: Any) -> tuple[Any, int]:
     """A record as it arrives at the other end, and the bytes that its objects take."""
     objects = get_all_nested_objects(content)
     raw = {i: o.deflate() for i, o in objects.items()}
-    return inflate_object_from_contents(content.object_id, raw), sum(map(len, raw.values()))
+    size = sum(map(len, raw.values()))
+    return inflate_object_from_contents(content.object_id, raw), size
 
 
 class FakeGrid(Grid):  # type: ignore[misc]

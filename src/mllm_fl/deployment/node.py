@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SAYS = {  # all that a server can hear of a node's troubles
     "images": "it has no images of its own (data in its node.toml), and this federation asks for them",
+    "labels": "its class names are not the server's",
     "no-data": "its images cannot be read (its log says why)",
     "partition": "it is not told which part of the data set it plays (partition-id, num-partitions)",
     "not-mine": "it was asked for a client that it does not play",
@@ -221,7 +222,7 @@ def _images(home: Home, config: Config, facts: Mapping[str, Any], client: int) -
         return site_images(home.data, names, int(facts["size"]), facts["mean"], facts["std"])
     except Mismatch as e:
         home.log("labels", why=str(e))
-        raise Refusal("no-data", f"class names differ, {e.told}") from e
+        raise Refusal("labels", e.told) from e
     except UserError as e:
         home.log("images", why=str(e))
         raise Refusal("no-data") from e
