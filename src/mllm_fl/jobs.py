@@ -86,10 +86,13 @@ def _plan(path: Path, configs: Sequence[Config], root: Path, rest: list[str]) ->
             waits = chain.pretrain_path(c, root)
             if waits not in first:
                 corpus = chain.corpus_path(c, root)
+                ready = c.pretrain.corpus is not None
                 sibling = next((j.makes for j in first.values() if j.waits_for == corpus or j.makes == corpus), None)
-                if sibling is None:
+                if sibling is None and not ready:
                     first[corpus] = _Job("corpus", ["annotate", *base], makes=corpus)
-                first[waits] = _Job(f"pretraining seed {c.seed}", ["pretrain", *base], waits_for=corpus, makes=waits)
+                first[waits] = _Job(
+                    f"pretraining seed {c.seed}", ["pretrain", *base], waits_for=None if ready else corpus, makes=waits
+                )
         runs.append(_Job(f"{c.name} seed {c.seed}", ["run", *base], waits_for=waits))
     return list(first.values()) + runs
 

@@ -22,11 +22,12 @@ from mllm_fl.errors import UserError
 from mllm_fl.events import Event
 from mllm_fl.models.teacher.clip import load_clip
 from mllm_fl.models.teacher.llava import fingerprint
-from mllm_fl.stages import chain
+from mllm_fl.stages import chain, prepare, stage_one
 from mllm_fl.stages.align import AlignConfig
 from mllm_fl.stages.alignment_images import alignment_set
 from mllm_fl.stages.annotate import AnnotateConfig
 from mllm_fl.stages.pretrain import PretrainConfig
+from mllm_fl.stages.shared import network_of
 from mllm_fl.trees import digest
 
 RAW: dict[str, Any] = {
@@ -75,7 +76,7 @@ def test_all_stages_chained_and_the_second_arm_shares_their_work(root: Path) -> 
 
 def test_pretraining_changes_backbone_and_adapter_but_not_the_classifier(root: Path) -> None:
     c = config()
-    fresh, w = chain._network(c).state_dict(), chain.pretrain_stage(c, root)
+    fresh, w = network_of(c).state_dict(), chain.pretrain_stage(c, root)
     assert not torch.equal(w["backbone.conv.weight"], fresh["backbone.conv.weight"])
     assert not torch.equal(w["adapter.weight"], fresh["adapter.weight"])
     assert torch.equal(w["classifier.weight"], fresh["classifier.weight"])
@@ -177,7 +178,7 @@ def test_test_images_in_the_alignment_set_stop_the_run_unless_declared(
     c = config(name="leak", pretrain=False, annotate=False)
     test = chain.federation_of(c).test
 
-    def cheat(config: AlignConfig, federation: Any, data: Any) -> ImageSet:
+    def cheat(*args: Any) -> ImageSet:
         return test.subset([i for k in range(10) for i in [int((test.labels == k).argmax())]])
 
     monkeypatch.setattr(chain, "alignment_set", cheat)
@@ -214,12 +215,12 @@ def test_a_test_image_among_the_open_or_alignment_images_is_found_before_anythin
     c = config(name="paid", data=RAW["data"] | {"image_size": 24}, align=False, annotate=False, pretrain=False)
     test = chain.federation_of(c).test
     web = web_folder(tmp_path, test, 48)
-    for name in ("annotate", "pretrain", "load_teacher"):
+    for module, name in ((stage_one, "annotate"), (stage_one, "pretrain"), (prepare, "load_teacher")):
 
         def paid(*args: Any, name: str = name, **kwargs: Any) -> None:
             raise AssertionError(name)
 
-        monkeypatch.setattr(chain, name, paid)
+        monkeypatch.setattr(module, name, paid)
     asked = dataclasses.replace(
         c,
         annotate=AnnotateConfig(source=f"folder:{web}", images=30, image_size=16),
@@ -262,9 +263,9 @@ def test_pretraining_normalises_as_the_federation_does(tmp_path: Path, monkeypat
     fed = chain.federation_of(c)
     other = dataclasses.replace(fed, train=dataclasses.replace(fed.train, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(chain, "federation_of", lambda c: other)
-    monkeypatch.setattr(chain, "annotate_stage", lambda *args: tmp_path)
-    monkeypatch.setattr(chain, "pretrain", lambda *args, **more: seen.update(more))
+    monkeypatch.setattr(stage_one, "federation_of", lambda c: other)
+    monkeypatch.setattr(stage_one, "annotate_stage", lambda *args: tmp_path)
+    monkeypatch.setattr(stage_one, "pretrain", lambda *args, **more: seen.update(more))
     chain.pretrain_stage(c, tmp_path)
     assert (seen["mean"], seen["std"], seen["side"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 16)
 

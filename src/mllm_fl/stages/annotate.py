@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -240,9 +240,9 @@ def open_prints(config: AnnotateConfig, size: int) -> list[Prints] | None:
     return _prints_of_files(source.files(), size) if source.root is not None and source.root.is_dir() else None
 
 
-def corpus_prints(corpus: Corpus, size: int) -> list[Prints]:
-    """The same of a corpus that is there, whose source may be gone."""
-    return _prints_of_files([corpus.folder / image for image in corpus.images], size)
+def corpus_prints(folder: Path, images: Iterable[str], size: int) -> list[Prints]:
+    """The same of a corpus that is there, whose source may be gone: ``images`` below ``folder``."""
+    return _prints_of_files([folder / image for image in images], size)
 
 
 def _prints_of_files(files: Sequence[Path], size: int) -> list[Prints]:
