@@ -5,6 +5,8 @@
 
 g (CLIP), W (projector) and the language model are frozen; the loss is LLaVA's over the answers' tokens. The paper gives lr 2e-3, batch
 128, 4 epochs; optimiser, warm-up and clipping are those of LLaVA's own pretraining script, per-step granularity of alpha is ours.
+So is the form of the text: every record, a caption too, becomes a conversation in the teacher's chat form (``USER: <image> question ASSISTANT:
+answer``), where LLaVA's first stage has the plain form, the picture and then its caption (``form = "plain"``).
 While alpha is small the gradient of g_fl is small too, and Adam turns it into full steps all the same: ``alpha = "one"``,
 ``drive`` and ``objective = "features"`` are there because the paper's rule need not be the best one at every scale.
 """
