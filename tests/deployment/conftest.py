@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-
 CONFIG = """
 experiment = "deployed"
 seeds = [3]
@@ -62,8 +61,16 @@ def nodes(tmp_path: Path) -> dict[int, dict[str, Any]]:
 
 
 @pytest.fixture
-def deployed(config: Path, nodes: dict[int, dict[str, Any]], tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """``deployed(set, faults, **run_config)``: the run over a fake Grid; final.json's content, and the grid beside it."""
+def grids() -> list[Any]:
+    """The grids that ``deployed`` has made, the one in use last."""
+    return []
+
+
+@pytest.fixture
+def deployed(
+    config: Path, nodes: dict[int, dict[str, Any]], grids: list[Any], tmp_path: Path
+) -> Callable[..., dict[str, Any]]:
+    """``deployed(set, faults, **run_config)``: the run over a fake Grid; final.json's content."""
     from tests.deployment.grid import FakeGrid
 
     from mllm_fl.deployment.node import handle
@@ -76,8 +83,8 @@ def deployed(config: Path, nodes: dict[int, dict[str, Any]], tmp_path: Path) -> 
         if not sites.exists():
             write_sites(sites, [Site(f"site-{i + 1}", 101 + i) for i in range(3)])
         grid = FakeGrid(client_app(handle), nodes, faults)
+        grids.append(grid)
         said = {"config": str(config), "set": set, "runs": str(tmp_path / "runs"), "sites": str(sites)}
-        final = main(GridLink(grid), said | {"poll": 0.01, "deadline": 60.0, "wait": 5.0} | values, 1)
-        return final | {"grid": grid}
+        return main(GridLink(grid), said | {"poll": 0.01, "deadline": 60.0, "wait": 5.0} | values, 1)
 
     return run

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -35,6 +36,7 @@ class FakeGrid(Grid):  # type: ignore[misc]
     ) -> None:
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self.app, self.nodes, self.faults = app, dict(nodes), dict(faults or {})
+        self.since: dict[int, str] = {}  # node -> when it was started
         self.waiting: dict[str, Message] = {}
         self.pushed: list[tuple[int, str]] = []  # (node, message type)
         self.ttls: set[float] = set()
@@ -53,6 +55,9 @@ class FakeGrid(Grid):  # type: ignore[misc]
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=n, last_activated_at=self.since.get(n, "")) for n in self.nodes]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str | None]:
         return [self._push(m) for m in messages]

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,18 +122,3 @@ def cli(*words: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(60)
         processes.end(process)  # type: ignore[arg-type]
-
-
-def background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
-    """The call in a thread of its own, and where its result or exception will lie."""
-    box: list[Any] = []
-
-    def work() -> None:
-        try:
-            box.append(call())
-        except BaseException as e:
-            box.append(e)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread, box

@@ -15,6 +15,7 @@ from tests.deployment.grid import failing
 
 from mllm_fl.deployment.node import SAYS, Kept
 from mllm_fl.deployment.sites import Site, write_sites
+from mllm_fl.engines import remote
 from mllm_fl.engines.flower import from_content, to_content
 from mllm_fl.engines.wire import Packed, pack, unpack, with_facts
 from mllm_fl.errors import UserError
@@ -153,7 +154,9 @@ def test_a_dropped_client_leaves_the_mean_of_the_others(deployed: Run, config: P
     assert digest(FedAvg().server(task, Server(w), updates).w) == final["weights_sha256"]
 
 
-def test_a_node_that_owes_an_answer_gets_no_other_message_until_it_has_answered(deployed: Run, tmp_path: Path) -> None:
+def test_a_node_that_owes_an_answer_gets_no_other_message_until_it_has_answered(
+    deployed: Run, grids: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Silent in round 1; its answer comes during round 2, is thrown away, and it is asked again in round 3."""
     held: list[Message] = []
 
@@ -166,37 +169,39 @@ def test_a_node_that_owes_an_answer_gets_no_other_message_until_it_has_answered(
     def releases(message: Message, answer: Callable[[], Message]) -> Message:
         if message.metadata.group_id == "2" and held:
             late = held.pop()
-            final["grid"].waiting[late.metadata.reply_to_message_id] = late
+            grids[-1].waiting[late.metadata.reply_to_message_id] = late
         return answer()
 
-    final: dict[str, Any] = {}
-    from mllm_fl.engines import remote
-
-    was, remote.GRACE = remote.GRACE, 0.0
-    try:
-        import tests.deployment.grid as grids
-
-        keep = grids.FakeGrid.__init__
-
-        def remembered(self: Any, *args: Any, **kwargs: Any) -> None:
-            keep(self, *args, **kwargs)
-            final["grid"] = self
-
-        grids.FakeGrid.__init__ = remembered  # type: ignore[method-assign]
-        deployed(
-            "federate.clients_per_round = 5", {102: only("train", slow), 101: only("train", releases)}, deadline=0.5
-        )
-    finally:
-        remote.GRACE, grids.FakeGrid.__init__ = was, keep  # type: ignore[method-assign]
+    monkeypatch.setattr(remote, "GRACE", 0.0)
+    faults = {102: only("train", slow), 101: only("train", releases)}
+    deployed("federate.clients_per_round = 5", faults, deadline=0.5)
     rows = read_rows(folder(tmp_path) / "rounds.jsonl")
     assert [sorted(set(r.get("dropped", {}).values())) for r in rows] == [
         ["no answer before the deadline"],
         ["its node still owes an answer"],
         [],
     ]
-    assert [t for n, t in final["grid"].pushed if n == 102] == ["query", "train", "train"]
+    assert [t for n, t in grids[-1].pushed if n == 102] == ["query", "train", "train"]
     assert [e["site"] for e in events(tmp_path, "late answer")] == ["site-2"]
-    assert final["grid"].ttls == {0.5}
+    assert grids[-1].ttls == {0.5}
+
+
+def test_a_node_that_was_started_again_is_not_waited_for(
+    deployed: Run, grids: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its message went with its old process, and Flower says nothing of it until the deadline."""
+    monkeypatch.setattr(remote, "LOOK", 0.0)
+    silent: list[str] = []
+
+    def reborn(message: Message, answer: Callable[[], Message]) -> Message | None:
+        grids[-1].since[102] = f"{len(silent)} o'clock"
+        silent.append("train")
+        return None if len(silent) == 1 else answer()
+
+    final = deployed(ONE, {102: only("train", reborn)}, minimum=5, deadline=3600.0)
+    [event] = events(tmp_path, "too few answers")
+    assert event["reasons"] == ["its node was started again"]
+    assert final["weights_sha256"] == deployed(ONE, runs=str(tmp_path / "calm"))["weights_sha256"]
 
 
 def test_too_few_answers_play_the_round_again_and_the_bits_are_those_of_an_unhurt_run(
@@ -304,7 +309,7 @@ def test_an_exception_at_a_site_tells_the_server_its_type_and_the_site_everythin
     assert "anna" in (Path(nodes[101]["state"]) / "log.jsonl").read_text()
 
 
-def test_the_payload_is_what_the_method_declares(deployed: Run, tmp_path: Path) -> None:
+def test_the_payload_is_what_the_method_declares(deployed: Run, grids: list[Any], tmp_path: Path) -> None:
     """Bytes of tensors up: weights and CReFF's declared extras of each client, counted on the wire by what Flower carried."""
     final = deployed(
         'federate.algorithm = "creff", federate.rounds = 1, federate.clients_per_round = 5, federate.method.features = 2, '
@@ -313,7 +318,7 @@ def test_the_payload_is_what_the_method_declares(deployed: Run, tmp_path: Path) 
     rows = read_rows(folder(tmp_path) / "clients.jsonl")
     [sent] = events(tmp_path, "train exchanged")
     assert sent["payload_up"] == sum(r["bytes_up"] for r in rows) == final["bytes_up"]
-    assert sent["payload_up"] < sent["wire_up"] < final["grid"].bytes_up < 1.6 * sent["wire_up"]
+    assert sent["payload_up"] < sent["wire_up"] < grids[-1].bytes_up < 1.6 * sent["wire_up"]
 
 
 def test_sites_are_read_strictly(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.deployment.real import Federation, background, cli, in_round, kill, until
+from tests.deployment.real import Federation, cli, in_round, kill, status, until
 
 from mllm_fl.config import load
 from mllm_fl.deployment import control, follow
@@ -34,66 +36,69 @@ def test_up_on_one_machine_plays_a_round_with_the_simulators_bits(config: Path, 
     assert not (tmp_path / "there" / "sites" / "site-1" / "state" / "images").exists()
 
 
-TABLE = Path("faults.json")
-"""What the test of kills measured, in the folder that MLLM_FL_FAULTS names: `scripts/fault_table.py` makes the table in docs/deploy.md from it."""
+def _client(fed: Federation) -> bool:
+    return kill(fed.nodes["site-1"], "flwr-clientapp")
+
+
+def _node(fed: Federation) -> bool:
+    return kill(fed.nodes["site-2"])
+
+
+def _server_app(fed: Federation) -> bool:
+    return kill(fed.link, "flwr-serverapp")
+
+
+def _link(fed: Federation) -> bool:
+    return kill(fed.link)
+
+
+KILLS: dict[
+    str, tuple[Callable[[Federation], bool], bool]
+] = {  # what is killed -> how, and whether the run must be resumed
+    "a client's process": (_client, False),
+    "a SuperNode": (_node, False),
+    "the ServerApp": (_server_app, True),
+    "the SuperLink": (_link, True),
+}
 
 
 @pytest.mark.deploy
+@pytest.mark.parametrize("what", KILLS)
 def test_killed_in_the_middle_of_a_round_everything_ends_with_the_bits_of_an_unhurt_run(
-    config: Path, tmp_path: Path, record_property: Any
+    what: str, config: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL to a ClientApp's process, a SuperNode, the ServerApp and the SuperLink, each in another round of one run of SCAFFOLD."""
-    values = {"federate.rounds": 5, "federate.algorithm": "scaffold"}
-    wanted = simulated(config, tmp_path / "runs", **values)
-    table: list[dict[str, Any]] = []
+    """SIGKILL while round 2 of SCAFFOLD, whose clients remember, is on its way. MLLM_FL_FAULTS: a file that takes what was measured."""
+    strike, must_resume = KILLS[what]
+    wanted = simulated(config, tmp_path / "runs", **{"federate.rounds": 2, "federate.algorithm": "scaffold"})
     with Federation(tmp_path / "there", config) as fed:
-        said = 'federate.rounds = 5, federate.algorithm = "scaffold"'
-        path, number = fed.run(set=said, minimum=4, attempts=20, deadline=300.0, wait=900.0)
-
-        def rounds() -> int:
-            return len(read_rows(path / "rounds.jsonl")) if (path / "rounds.jsonl").exists() else 0
-
-        def hurt(fault: str, did: str, strike: Any, mend: Any = None) -> None:
-            before = rounds()
-            until(lambda: in_round(path, before + 1) and strike())
-            start = time.monotonic()
-            if mend is not None:
-                mend()
-            until(lambda: rounds() > before, 1800)
-            table.append({"fault": fault, "did": did, "seconds": round(time.monotonic() - start, 1), "lost": 0})
-            (tmp_path / TABLE).write_text(json.dumps(table, indent=1))
-            print(table[-1], flush=True)
-
-        hurt("a client's process", "the round was played again", lambda: kill(fed.nodes["site-1"], "flwr-clientapp"))
-        hurt(
-            "a SuperNode",
-            "its supervisor started it again; the round was played again",
-            lambda: kill(fed.nodes["site-2"]),
-        )
-
-        def resumed() -> None:
+        path, number = fed.run(set='federate.rounds = 2, federate.algorithm = "scaffold"', minimum=4, attempts=20, deadline=600.0, wait=900.0)  # fmt: skip
+        until(lambda: in_round(path, 2) and strike(fed), 1800)
+        start = time.monotonic()
+        if must_resume:
             with pytest.raises(UserError, match="mllm-fl deploy resume"):
                 follow.follow(fed.made, path, number, fed.say)
-            again()
-
-        def again() -> None:
-            nonlocal number
-            made, there, number = follow.resume(path, fed.say)
-            assert (made.folder, there) == (fed.made.folder, path)
-
-        hurt("the ServerApp", "mllm-fl deploy resume", lambda: kill(fed.link, "flwr-serverapp"), resumed)
-
-        def back() -> None:
             until(lambda: control.ready(fed.made))
-            resumed()
-
-        hurt("the SuperLink", "its supervisor started it again; mllm-fl deploy resume", lambda: kill(fed.link), back)
-        thread, box = background(lambda: follow.follow(fed.made, path, number, fed.say))
-        thread.join(1800)
-        final = box[0]
+            noticed = time.monotonic()
+            _, there, number = follow.resume(path, fed.say)
+            assert there == path
+        final = until(lambda: _final(fed, path, number), 1800)
+        went_on = time.monotonic() - start
     assert final["weights_sha256"] == wanted["weights_sha256"]
+    simulator = next((tmp_path / "runs" / "deployed").iterdir())
     for name in ("rounds.jsonl", "clients.jsonl"):
-        ours = chain.run_path(load(config, values).runs[0], tmp_path / "runs") / name
-        assert (path / name).read_bytes() == ours.read_bytes()
-    record_property("faults", json.dumps(table))
-    assert [row["fault"] for row in table] == ["a client's process", "a SuperNode", "the ServerApp", "the SuperLink"]
+        assert (path / name).read_bytes() == (simulator / name).read_bytes()
+    reasons = {r for e in read_rows(path / "events.jsonl") for r in e.get("reasons", ())}
+    measured = {"killed": what, "seconds": round(went_on, 1), "reasons": sorted(reasons), "resumed": must_resume}
+    measured |= {"bytes_lost": 0, "to_notice": round(noticed - start, 1) if must_resume else None}
+    if place := os.environ.get("MLLM_FL_FAULTS"):
+        with open(place, "a") as f:
+            f.write(json.dumps(measured) + "\n")
+
+
+def _final(fed: Federation, path: Path, number: str) -> dict[str, Any] | None:
+    """final.json's content once it is there; one line if the run stopped."""
+    if not (path / "final.json").exists():
+        if "stopped" in status(path):
+            raise AssertionError(status(path)["stopped"])
+        return None
+    return follow.follow(fed.made, path, number, fed.say)

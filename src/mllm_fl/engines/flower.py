@@ -39,8 +39,9 @@ class GridLink:
     def __init__(self, grid: Any) -> None:
         self.grid = grid
 
-    def nodes(self) -> list[int]:
-        return sorted(int(n) for n in self.grid.get_node_ids())
+    def nodes(self) -> dict[int, str]:
+        found = {int(n.node_id): str(n.last_activated_at) for n in self.grid.get_nodes()}
+        return dict(sorted(found.items()))
 
     def send(self, letters: Iterable[tuple[int, str, Packed]], group: str, ttl: float) -> list[str | None]:
         from flwr.app import Message

@@ -19,8 +19,8 @@ class Answer(NamedTuple):
 class Link(Protocol):
     """Messages to nodes and their answers. No call waits."""
 
-    def nodes(self) -> list[int]:
-        """The nodes that can be reached now, sorted."""
+    def nodes(self) -> dict[int, str]:
+        """The nodes that can be reached now, in order of number, each with the time since when (in any words that change when it is started anew)."""
         ...
 
     def send(self, letters: Iterable[tuple[int, str, Packed]], group: str, ttl: float) -> list[str | None]:

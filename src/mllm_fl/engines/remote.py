@@ -28,6 +28,7 @@ from mllm_fl.trees import Tree, nbytes
 
 POINTER = "remembered in round"  # the server's whole memory of a client: the node holds the rest
 GRACE = 2.0  # seconds after the deadline in which the SuperLink says which messages have run out
+LOOK = 2.0  # seconds between two looks at which nodes were started again
 ROOM = 16 << 20  # bytes that an answer may have beyond four times what was sent
 
 
@@ -115,7 +116,7 @@ class RemoteEngine:
 
     def greet(self) -> None:
         """Say hello to nodes that have not been heard; whoever may not take part is recorded once."""
-        here = self.link.nodes()
+        here = list(self.link.nodes())
         unknown = [n for n in here if n not in self.reception.admitted and n not in self.reception.refused]
         unknown = [n for n in unknown if n not in self.owing]
         if not unknown:
@@ -235,6 +236,7 @@ class RemoteEngine:
         """Send, and take what comes until the deadline; each node's answer once, unpacked, or why there is none."""
         nodes = list(facts)
         letters = [(node, kind, with_facts(tree, facts[node])) for node in nodes]
+        since_when, looked = self.link.nodes(), time.monotonic()
         ids = self.link.send(letters, str(t), self.schedule.deadline)
         start = time.monotonic()
         up = wire_up = wire_down = 0
@@ -259,6 +261,15 @@ class RemoteEngine:
                     wire_up += answer.packed.nbytes
                     up += payload(answer.packed) if parcel is not None else 0
                 yield node, parcel, problem
+            if pending and time.monotonic() - looked > LOOK:
+                now, looked = self.link.nodes(), time.monotonic()
+                for i, node in list(
+                    pending.items()
+                ):  # Flower says nothing about a message whose node came back without it
+                    if node in now and now[node] != since_when.get(node):
+                        del pending[i]
+                        self.owing.pop(node, None)
+                        yield node, None, "its node was started again"
             if pending:
                 time.sleep(self.schedule.poll)
         for node in pending.values():
