@@ -18,6 +18,9 @@ CORE = {"PIL", "filelock", "numpy", "pyarrow", "safetensors", "torch"}
 OWNERS = {
     "datasets": ("data/hub.py",),
     "cryptography": ("deployment/certificates.py", "deployment/doctor.py"),
+    "imagehash": ("annotate/quality/near.py",),
+    "py3langid": ("annotate/quality/texts.py",),
+    "ray": ("annotate/ray_data.py",),
     "flwr": ("engines/flower.py",),
     "matplotlib": ("report/",),
     "open_clip": ("models/teacher/openclip.py",),

@@ -8,10 +8,21 @@ import signal
 import sys
 
 from mllm_fl import __version__
-from mllm_fl.commands import annotate, bench, data, deploy, methods, pages, runs, stages, tables
+from mllm_fl.commands import annotate, bench, corpus, data, deploy, methods, pages, runs, stages, tables
 from mllm_fl.errors import UserError
 
-FAMILIES = (stages, annotate, runs, pages, tables, data, methods, bench, deploy)  # in the order of `mllm-fl --help`
+FAMILIES = (
+    stages,
+    annotate,
+    corpus,
+    runs,
+    pages,
+    tables,
+    data,
+    methods,
+    bench,
+    deploy,
+)  # in the order of `mllm-fl --help`
 
 
 def parser() -> argparse.ArgumentParser:

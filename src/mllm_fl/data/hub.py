@@ -55,7 +55,12 @@ def load_hub(name: str, size: int = 32, *, labels: Sequence[str] = LABEL_COLUMNS
     return train, ImageSet(f"{title} test", test.pixels, test.labels, test.class_names, test.mean, test.std)
 
 
-def _from_hub(name: str, size: int, labels: Sequence[str]) -> dict[str, ImageSet]:
+def load_tables(name: str) -> dict[str, Any]:
+    """The splits of a hub data set as Arrow tables, pictures left encoded.
+
+    Raises:
+        UserError: ``datasets`` is not installed, or it cannot be loaded.
+    """
     try:
         import datasets
     except ImportError:
@@ -69,16 +74,20 @@ def _from_hub(name: str, size: int, labels: Sequence[str]) -> dict[str, ImageSet
         raise UserError(
             f"hf:{name}", f"cannot be loaded ({reason})", "check name and network, or give a local Parquet folder"
         ) from None
-    if "train" not in loaded:
-        raise UserError(f"hf:{name}", f"has no split 'train' among {', '.join(loaded)}", "use another data set")
+    return {split: dataset.data.table for split, dataset in loaded.items()}
+
+
+def _from_hub(name: str, size: int, labels: Sequence[str]) -> dict[str, ImageSet]:
+    tables = load_tables(name)
+    if "train" not in tables:
+        raise UserError(f"hf:{name}", f"has no split 'train' among {', '.join(tables)}", "use another data set")
     return {
-        split: _image_set(name, loaded[split], size, labels) for split in ("train", *TEST_SPLITS) if split in loaded
+        split: _image_set(name, tables[split], size, labels) for split in ("train", *TEST_SPLITS) if split in tables
     }
 
 
-def _image_set(name: str, dataset: Any, size: int, labels: Sequence[str]) -> ImageSet:
-    """One split of a ``datasets`` data set, its images left encoded until they are read."""
-    table = dataset.data.table
+def _image_set(name: str, table: Any, size: int, labels: Sequence[str]) -> ImageSet:
+    """One split of a hub data set, its images left encoded until they are read."""
     place = f"hf:{name}"
     image = pick(table.column_names, IMAGE_COLUMNS, place, "image")
     label = pick(table.column_names, labels, place, "label")
