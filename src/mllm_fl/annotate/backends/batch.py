@@ -33,6 +33,7 @@ from mllm_fl.events import Event, Progress, silent
 
 MOST, LARGEST = 50_000, 200_000_000  # requests and bytes of one file
 POLL = 30.0  # seconds between two looks at the endpoint
+RETRIES = 5
 _OVER = ("completed", "expired", "cancelled", "failed")
 
 
@@ -71,7 +72,7 @@ class _Work:
         self.names = {_name(key): key for key in self.questions}
         self.ledger, self.backend, self.limits, self.folder, self.progress = ledger, backend, limits, folder, progress
         self.batches = Batches(ledger)
-        self.client = backend.client(max_retries=5)
+        self.client, self.unsure = backend.client(max_retries=RETRIES), backend.client(max_retries=0)
         self.out = Outcome()
         self.look = True  # whether questions may be open that were not before
         self.missed: dict[Key, int] = {}  # how often a batch ended without a word about it
@@ -169,18 +170,31 @@ class _Work:
                 sent = self._call(lambda: self.client.files.create(file=file, purpose="batch"))
             batch = self.batches.set(batch.id, "uploaded", file=sent.id)
         if batch.state == "uploaded":
-            mine = self._call(lambda: next((b for b in self.client.batches.list() if _mark(b) == batch.id), None))
-            if mine is None:  # else it was handed in by a process that died before it wrote that down
-                mine = self._call(
-                    lambda: self.client.batches.create(
-                        input_file_id=batch.file, endpoint="/v1/chat/completions", completion_window="24h", metadata={"mllm_fl": batch.id}
-                    )
-                )  # fmt: skip
+            mine = self._handed_in(batch)
             batch = self.batches.set(batch.id, "submitted", batch=mine.id)
             return
         there = self._call(lambda: self.client.batches.retrieve(batch.batch))
         if there.status in _OVER:
             self._merge(batch, there)
+
+    def _handed_in(self, batch: Batch) -> Any:
+        """The endpoint's batch of this file: made now, or adopted if a process that died, or a lost reply, left it there."""
+        for attempt in range(RETRIES + 1):
+            mine = self._call(lambda: next((b for b in self.client.batches.list() if _mark(b) == batch.id), None))
+            if mine is not None:
+                return mine
+            try:
+                return self.unsure.batches.create(
+                    input_file_id=batch.file, endpoint="/v1/chat/completions", completion_window="24h",
+                    metadata={"mllm_fl": batch.id},
+                )  # fmt: skip
+            except self.backend.errors.APIError as e:
+                found = e
+                code = getattr(e, "status_code", 500)
+                if code < 500 and code not in (408, 409, 429):
+                    break
+                time.sleep(min(2**attempt, 30) if attempt < RETRIES else 0)
+        return self._call(lambda: _raise(found))
 
     def _merge(self, batch: Batch, there: Any) -> None:
         """Write what the batch says into the ledger, all at once; what it does not say is open again."""
@@ -265,6 +279,10 @@ class _Work:
         note = f"{len(at_work)} batches at work, {sum(b.requests for b in at_work):,} requests"
         done = min(there + len(self.out.failed), len(self.questions))
         self.progress(Event("annotate", done, len(self.questions), note if at_work else ""))
+
+
+def _raise(e: Exception) -> None:
+    raise e
 
 
 def _name(key: Key) -> str:

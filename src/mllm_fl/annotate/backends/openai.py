@@ -194,7 +194,7 @@ class OpenAIBackend:
                 pace.succeeded()
                 return reply, ""
             except self._openai.APIStatusError as e:
-                problem, connected = f"HTTP {e.status_code}: {_short(e.message)}", True
+                problem, connected = f"HTTP {e.status_code}: {_said(e)}", True
                 if self._adapt(e, body):
                     continue
                 self._refuse(e)
@@ -237,8 +237,9 @@ class OpenAIBackend:
     def _refuse(self, e: Any) -> None:
         """Raise for what no repetition mends."""
         code = str(getattr(e, "code", "") or "")
-        if e.status_code in _FATAL or code in _BROKE or (e.status_code == 400 and "model" in code):
-            why = _FATAL.get(e.status_code, "the account is exhausted" if code in _BROKE else "it refuses the model")
+        named = e.status_code == 400 and ("model" in code or self.model in _said(e)) and not self._answered
+        if e.status_code in _FATAL or code in _BROKE or named:
+            why = _FATAL.get(e.status_code, "the account is exhausted" if code in _BROKE else f"it refuses the model: {_said(e)}")
             raise UserError(self._place, f"{why} (HTTP {e.status_code}, model {self.model!r})", self._way_out) from None
 
     async def _pause(self, seconds: float) -> None:
@@ -311,6 +312,14 @@ def tokens(reply: Any, question: str, text: str) -> tuple[int, int]:
     if usage is not None:
         return usage.prompt_tokens or 0, usage.completion_tokens or 0
     return text_tokens(question), text_tokens(text)
+
+
+def _said(e: Any) -> str:
+    """What the server says in its refusal, in the forms of OpenAI and of FastAPI, or the raw text."""
+    body = getattr(e, "body", None)
+    if isinstance(body, dict):
+        body = body.get("message") or body.get("detail") or body.get("error") or body
+    return _short(body or getattr(e.response, "text", "") or e.message)
 
 
 def _short(problem: object) -> str:
