@@ -1,0 +1,235 @@
+"""What `mllm-fl deploy init` writes, and what `doctor` says about each layer that does not hold."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import http.server
+import json
+import socket
+import ssl
+import stat
+import threading
+import tomllib
+from collections.abc import Iterator
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mllm_fl.cli import main
+from mllm_fl.deployment import certificates, doctor, layout, processes, template
+from mllm_fl.deployment.layout import Layout, Node
+from mllm_fl.deployment.server import Settings, dotted
+from mllm_fl.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def made(tmp_path: Path, config: Path) -> Layout:
+    return layout.init(tmp_path / "fed", sites=["a", "b"], config=config, host="localhost")
+
+
+def test_a_deployment_is_whole_and_its_secrets_are_their_owners(
+    made: Layout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in ("server/ca.key", "server/server.key", "sites/a/key", "sites/b/key"):
+        assert stat.S_IMODE((made.folder / place).stat().st_mode) == 0o600, place
+    assert (made.folder / "sites" / "a" / "key.pub").read_text().startswith("ecdsa-sha2-nistp384 ")
+    assert (made.site("a") / "key").read_bytes() != (made.site("b") / "key").read_bytes()
+    inside = {p.name for p in made.site("a").iterdir()}
+    assert inside == {"key", "key.pub", "ca.crt", "node.toml", "state"}  # nothing of the server's or of another site's
+    assert Layout.read(made.folder) == made
+    node = Node.read(made.site("b"))
+    assert (node.site, node.host, node.port, node.runtime_port) == ("b", "localhost", 8000, 9095)
+    assert 'site="b"' in node.node_config() and "partition-id=1 num-partitions=2" in node.node_config()
+    for unit in ("systemd/mllm-fl-superlink.service", "systemd/mllm-fl-node@.service", "compose.yaml"):
+        text = (made.folder / unit).read_text()
+        assert "FLWR_TELEMETRY_ENABLED" in text and "FLWR_DISABLE_UPDATE_CHECK" in text, unit
+
+
+def test_the_command_line_writes_it_and_does_not_write_it_twice(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["deploy", "init", str(tmp_path / "x"), "--config", str(config), "--sites", "north,south"]
+    assert main(words) == 0
+    assert "2 sites, server localhost:8000" in capsys.readouterr().out
+    assert main(words) == 2
+    assert "holds a federation already" in capsys.readouterr().err
+    assert main([*words[:2], str(tmp_path / "y"), *words[3:5], "--sites", "a/b"]) == 2
+    assert "site 'a/b': cannot name a folder" in capsys.readouterr().err
+    assert main(["deploy", "status", str(tmp_path / "nowhere")]) == 2
+    assert "no federation.toml here" in capsys.readouterr().err
+    assert main(["deploy", "status", str(tmp_path / "x")]) == 0
+    assert "no SuperLink answers" in capsys.readouterr().out
+    assert main(["deploy", "resume", str(tmp_path / "x")]) == 2
+    assert "not a run of a federation" in capsys.readouterr().err
+
+
+def test_the_app_in_the_repository_is_the_one_that_init_writes() -> None:
+    for name, text in template.app().items():
+        assert (ROOT / "deploy" / name).read_text() == text, f"deploy/{name}: write it again from template.app()"
+    app = tomllib.loads(template.PYPROJECT)["tool"]["flwr"]["app"]
+    settings = Settings.of(app["config"])
+    assert settings.schedule == Settings("run.toml").schedule and settings.images == "partition"
+
+
+def test_run_configuration_is_read_strictly() -> None:
+    assert dotted("federate.rounds = 3, federate.local.lr = 0.05") == {"federate.rounds": 3, "federate.local.lr": 0.05}
+    assert dotted("") == {}
+    with pytest.raises(UserError, match="not TOML"):
+        dotted("federate.rounds")
+    for wrong, says in (({"deadlin": 3}, "unknown"), ({"deadline": -1.0}, "not above 0"), ({"images": "x"}, "unknown")):
+        with pytest.raises(UserError, match=says):
+            Settings.of({"config": "run.toml"} | wrong)
+
+
+@contextlib.contextmanager
+def server(folder: Path, ahead: float = 0.0, tls: bool = True) -> Iterator[int]:
+    """An HTTPS server with the deployment's certificate, whose clock may be off."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response_only(200)
+            now = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=ahead)
+            self.send_header("Date", format_datetime(now, usegmt=True))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, *_: Any) -> None:
+            pass
+
+    with Server(("127.0.0.1", 0), Handler) as s:
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(folder / "server.crt", folder / "server.key")
+            s.socket = context.wrap_socket(s.socket, server_side=True)
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        yield int(s.server_address[1])
+        s.shutdown()
+
+
+def asked(made: Layout, port: int, host: str = "localhost", **config: Any) -> list[str]:
+    node = Node.read(made.site("a"))
+    return list(doctor.site(Node(node.folder, "a", host, port, 9094, dict(node.config) | config)))
+
+
+def test_the_doctor_finds_nothing_wrong_with_what_is_whole(made: Layout) -> None:
+    with server(made.server) as port:
+        said = asked(made, port)
+    assert [line.partition(":")[0] for line in said] == ["version", "name", "TCP", "TLS", "clock", "key", "data"]
+
+
+def test_the_doctor_names_the_layer_that_fails(made: Layout, tmp_path: Path) -> None:
+    def says(words: str, port: int, host: str = "localhost", **config: Any) -> None:
+        with pytest.raises(UserError, match=words) as e:
+            asked(made, port, host, **config)
+        assert "\n" not in str(e.value)
+
+    says("^name: no-such-host.invalid: cannot be resolved", 8000, "no-such-host.invalid")
+    [closed] = processes.free_ports(1)
+    says(rf"^TCP: localhost:{closed}: no connection.*SuperLink running", closed)
+    with server(made.server, tls=False) as port:
+        says(r"^TLS: localhost.*(no TLS there|no answer)", port)
+    with server(made.server, ahead=-600) as port:
+        says("^clock: this machine is (599|600|601) s ahead of the server", port)
+    with server(made.server, ahead=600) as port:
+        says("^clock: this machine is (599|600|601) s behind the server", port)
+    with server(made.server) as port:
+        says(r"^data=folder:/nowhere: is not a folder; mount it", port, data="folder:/nowhere")
+        (tmp_path / "empty" / "cat").mkdir(parents=True)
+        says(r"holds no image", port, data=f"folder:{tmp_path}/empty")
+        (made.site("a") / "key.pub").write_bytes((made.site("b") / "key.pub").read_bytes())
+        says("^key: .*does not belong to key.pub", port)
+    other = tmp_path / "other"
+    other.mkdir()
+    certificates.make_authority(other, other, ["localhost"])
+    with server(other) as port:
+        says("^TLS: .*not signed by .*ca.crt", port)
+    certificates.make_authority(made.server, other, ["elsewhere.example"])
+    with server(other) as port:
+        says("^TLS: .*the certificate does not name localhost; on the server: mllm-fl deploy renew DIR --host", port)
+    certificates.make_authority(made.server, other, ["localhost"], days=-1)
+    with server(other) as port:
+        says("^TLS: .*the server's certificate has expired; on the server: mllm-fl deploy renew", port)
+
+
+def test_renewing_keeps_the_authority_that_sites_trust(made: Layout, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (made.server / "ca.crt").read_bytes()
+    assert main(["deploy", "renew", str(made.folder), "--host", "127.0.0.1"]) == 0
+    assert (made.server / "ca.crt").read_bytes() == before
+    with server(made.server) as port:
+        assert len(asked(made, port, "127.0.0.1")) == 7
+
+
+def test_a_taken_port_is_said_before_anything_is_started(made: Layout, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = int(s.getsockname()[1])
+        path = made.folder / "federation.toml"
+        path.write_text(path.read_text().replace("8000", str(port)))
+        assert main(["deploy", "superlink", str(made.folder)]) == 2
+    err = capsys.readouterr().err
+    assert f"127.0.0.1:{port}: the port is taken by another process" in err and err.count("\n") == 1
+
+
+def test_the_servers_doctor_names_what_is_missing(made: Layout, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deploy", "doctor", str(made.folder)]) == 2
+    out, err = capsys.readouterr()
+    assert "a, b not registered; mllm-fl deploy register" in err and "certificate: good for 82" in out
+    rows = [{"name": "a", "node": "1"}, {"name": "b", "node": "2"}]
+    made.sites_json.write_text(json.dumps({"sites": rows}))
+    assert main(["deploy", "doctor", str(made.folder)]) == 2
+    assert "no SuperLink answers" in capsys.readouterr().err
+
+
+def test_a_process_that_dies_comes_back_and_the_line_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "FIRST", 0.05)
+    monkeypatch.setattr(processes, "LONGEST", 0.05)
+    said: list[str] = []
+    code = "import sys; print('could not be activated', flush=True); sys.exit(1)"
+    with processes.Kept("a", [processes.sys.executable, "-c", code], {}, tmp_path / "log", said.append) as kept:  # type: ignore[attr-defined]
+        for _ in range(600):
+            if kept.starts >= 3:
+                break
+            threading.Event().wait(0.05)
+    assert (
+        kept.starts >= 3
+        and len(said) == 1
+        and "still holds this site's last process to be online; trying again" in said[0]
+    )
+    ended = kept.starts
+    threading.Event().wait(0.3)
+    assert kept.starts == ended
+
+
+def test_a_worker_answers_as_the_process_itself_would(
+    tmp_path: Path, nodes: dict[int, dict[str, Any]], config: Path
+) -> None:
+    from mllm_fl.config import load
+    from mllm_fl.deployment import worker
+    from mllm_fl.deployment.node import handle
+    from mllm_fl.deployment.server import _common
+    from mllm_fl.engines.wire import Parcel, pack, unpack
+    from mllm_fl.stages import chain
+
+    [one] = load(config).runs
+    facts = _common(one, chain.federation_of(one), Settings(str(config)))
+    node = nodes[101]
+    state = Path(node["state"])
+    threading.Thread(target=worker.serve, args=(state,), daemon=True).start()
+    for _ in range(600):
+        if (state / worker.SOCKET).exists():
+            break
+        threading.Event().wait(0.05)
+    packed = pack(Parcel(facts))
+    assert unpack(worker.ask("hello", packed, node, 1)) == unpack(handle("hello", packed, node, 1))
+    (state / worker.SOCKET).unlink()
+    assert "sizes" in unpack(worker.ask("hello", packed, node, 1)).facts  # without one, by itself
