@@ -20,9 +20,9 @@ class Federation:
     """Two sites and a SuperLink with TLS and node keys; used as a context manager."""
 
     def __init__(self, folder: Path, config: Path, nodes: int = 2, worker: bool = True) -> None:
-        port, *others = processes.free_ports(nodes + 1)
+        [port] = processes.free_ports(1)
         names = [f"site-{i + 1}" for i in range(nodes)]
-        self.made = layout.init(folder, sites=names, config=config, port=port, runtime_ports=others)
+        self.made = layout.init(folder, sites=names, config=config, port=port)
         self.worker, self.said, self._open = worker, list[str](), contextlib.ExitStack()
         self.link: processes.Kept
         self.nodes: dict[str, processes.Kept] = {}

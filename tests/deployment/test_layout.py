@@ -43,7 +43,7 @@ def test_a_deployment_is_whole_and_its_secrets_are_their_owners(
     assert inside == {"key", "key.pub", "ca.crt", "node.toml", "state"}  # nothing of the server's or of another site's
     assert Layout.read(made.folder) == made
     node = Node.read(made.site("b"))
-    assert (node.site, node.host, node.port, node.runtime_port) == ("b", "localhost", 8000, 9095)
+    assert (node.site, node.host, node.port, node.runtime_port) == ("b", "localhost", 8000, 0)
     assert 'site="b"' in node.node_config() and "partition-id=1 num-partitions=2" in node.node_config()
     for unit in ("systemd/mllm-fl-superlink.service", "systemd/mllm-fl-node@.service", "compose.yaml"):
         text = (made.folder / unit).read_text()

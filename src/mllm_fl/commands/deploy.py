@@ -160,7 +160,7 @@ def register(args: argparse.Namespace) -> int:
     from mllm_fl.deployment.layout import Layout
 
     made = Layout.read(args.dir)
-    control.wait_ready(made, 30)
+    control.wait_ready(made)
     for site in control.register(made):
         say(f"{site.name}: node {site.node}")
     return 0
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
     from mllm_fl.deployment.layout import Layout
 
     made = Layout.read(args.dir)
-    control.wait_ready(made, 30)
+    control.wait_ready(made)
     values = follow.settings_of(made, **_said(args))
     path, number = follow.start(made, values, say)
     return _over(made, path, number)
@@ -218,9 +218,9 @@ def up(args: argparse.Namespace) -> int:
             raise UserError("deploy up", "which TOML file?", "mllm-fl deploy up --local experiments/quickstart.toml")
         if args.nodes < 1:
             raise UserError("--nodes", f"{args.nodes} is below 1")
-        port, *others = processes.free_ports(args.nodes + 1)
+        [port] = processes.free_ports(1)
         names = [f"site-{i + 1}" for i in range(args.nodes)]
-        made = layout.init(args.dir, sites=names, config=args.config, port=port, runtime_ports=others)
+        made = layout.init(args.dir, sites=names, config=args.config, port=port)
     values = follow.settings_of(made, **_said(args))
     path = follow.path_of(made, values)  # what is wrong with the configuration is said before anything is started
     with contextlib.ExitStack() as kept:

@@ -54,7 +54,7 @@ def ready(made: Layout) -> bool:
         return False
 
 
-def wait_ready(made: Layout, seconds: float = 120.0) -> None:
+def wait_ready(made: Layout, seconds: float = 300.0) -> None:
     """Until the SuperLink answers.
 
     Raises:

@@ -65,7 +65,7 @@ def resume(path: Path, say: Say) -> tuple[Layout, Path, str]:
         raise UserError(
             path, f"{values['config']} has changed since this run was begun", "bring it back, or start another run"
         )
-    control.wait_ready(made, 30)
+    control.wait_ready(made)
     try:  # a ServerApp that was killed stays "running" in the SuperLink's list until it is stopped
         if not control.standing(made, begun["run_id"]).startswith("finished"):
             control.stop(made, begun["run_id"])

@@ -173,7 +173,7 @@ def init(
         raise UserError(folder, f"cannot be written: {e.strerror}", "choose another folder") from e
     os.chmod(made.server, 0o700)
     make_authority(made.server, made.server, [host, "localhost", "127.0.0.1"])
-    ports = list(runtime_ports or range(9094, 9094 + len(sites)))
+    ports = list(runtime_ports or [0] * len(sites))
     for i, name in enumerate(sites):
         _site(made, name, i, ports[i])
     write_sites(made.sites_json, [Site(name) for name in sites])
@@ -212,7 +212,7 @@ def _site(made: Layout, name: str, index: int, runtime_port: int) -> None:
         f'site = "{name}"',
         f'host = "{made.host}"',
         f"port = {made.port}",
-        f"runtime_port = {runtime_port}       # on this machine's loopback only",
+        f"runtime_port = {runtime_port}        # of Flower's own, on this machine's loopback only; 0: any free one",
     ]
     if made.images == OWN:
         lines += [

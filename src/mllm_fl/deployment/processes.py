@@ -161,11 +161,11 @@ def superlink(made: Layout, say: Say) -> Kept:
 
 def supernode(node: Node, say: Say) -> Kept:
     """One site's SuperNode."""
-    folder = node.folder
+    folder, port = node.folder, node.runtime_port or free_ports(1)[0]
     argv = [
         program("flower-supernode"), "--superlink", f"{node.host}:{node.port}",
         "--root-certificates", str(folder / "ca.crt"), "--auth-supernode-private-key", str(folder / "key"),
-        "--host", "127.0.0.1", "--port", str(node.runtime_port), "--node-config", node.node_config(),
+        "--host", "127.0.0.1", "--port", str(port), "--node-config", node.node_config(),
     ]  # fmt: skip
     return Kept(node.site, argv, environment(folder / "home"), folder / "supernode.log", say, cwd=folder)
 
