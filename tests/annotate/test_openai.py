@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_fl.annotate.backends.base import Request, png
+from mllm_fl.annotate.backends.base import Request, encoded, png
 from mllm_fl.annotate.backends.openai import OpenAIBackend
-from mllm_fl.annotate.ledger import Entry
+from mllm_fl.annotate.ledger import Entry, Ledger
 from mllm_fl.errors import UserError
 from mllm_fl.stages.annotate import AnnotateConfig, annotate
 
@@ -32,6 +34,8 @@ class Server(ThreadingHTTPServer):
         self.plan: list[tuple[int, dict[str, str], str]] = []
         self.seen: list[dict[str, Any]] = []
         self.inside, self.most, self.lock = 0, 0, threading.Lock()
+        self.busy: dict[str, int] = {}  # question -> how often it is refused
+        self.at: dict[int, Callable[[], None]] = {}  # request number -> what happens when it comes
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hung up, as it does when another request was refused for good, is no news."""
@@ -48,10 +52,16 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.seen.append(body | {"key": self.headers["Authorization"]})
+            happens = self.server.at.get(len(self.server.seen))
             planned = self.server.plan.pop(0) if self.server.plan else None
             self.server.inside += 1
             self.server.most = max(self.server.most, self.server.inside)
+        if happens is not None:
+            happens()
         question = body["messages"][-1]["content"][1]["text"]
+        if self.server.busy.get(question):
+            self.server.busy[question] -= 1
+            planned = (429, {}, "{}")
         status, headers, text = planned or (200, {}, reply(f"echo: {question}"))
         threading.Event().wait(0.01)
         with self.server.lock:
@@ -95,7 +105,9 @@ def backend(server: Server, **options: Any) -> OpenAIBackend:
 def ask(chosen: OpenAIBackend, n: int = 1, questions: tuple[str, ...] = ("what?",)) -> list[Entry]:
     out: dict[int, Entry] = {}
     image = png(torch.arange(3 * 20 * 10, dtype=torch.uint8).view(3, 20, 10))
-    chosen.answer([Request(image, questions, "be brief")] * n, lambda got: out.update(x for x in got if not x[1].partial))
+    chosen.answer(
+        [Request(image, questions, "be brief")] * n, lambda got: out.update(x for x in got if not x[1].partial)
+    )
     return [out[i] for i in range(n)]
 
 
@@ -178,6 +190,101 @@ def test_an_endpoint_that_is_not_there_is_named() -> None:
     gone.server_close()
     with pytest.raises(UserError, match=r"no connection .* after 2 attempts; is the server running"):
         ask(OpenAIBackend("m", url, retries=1, first_pause=0.01))
+
+
+def refusing(message: str, code: str | None = None) -> str:
+    return json.dumps({"error": {"message": message, "code": code, "param": None, "type": "invalid_request_error"}})
+
+
+def test_what_a_server_does_not_take_is_left_out_from_then_on(server: Server) -> None:
+    """Newer services want max_completion_tokens; older ones know no response_format."""
+    server.plan = [
+        (
+            400,
+            {},
+            refusing("Unsupported parameter: 'max_tokens' is not supported, use 'max_completion_tokens' instead."),
+        ),
+        (422, {}, '{"detail": "response_format is not known"}'),
+    ]
+    chosen = backend(server, concurrency=1)
+    image = png(torch.zeros(3, 8, 8, dtype=torch.uint8))
+    out: list[Entry] = []
+    chosen.answer(
+        [Request(image, ("what?",), schema={"type": "object"})] * 2, lambda got: out.extend(e for _, e in got)
+    )
+    assert [e.error for e in out] == [None, None]
+    sent = [set(x) - {"key", "messages", "model"} for x in server.seen]
+    assert sent[0] == {"max_tokens", "temperature", "response_format"}
+    assert sent[1] == {"max_completion_tokens", "temperature", "response_format"}
+    assert sent[2] == sent[3] == {"max_completion_tokens", "temperature"}
+    assert out[1].provenance["refused"] == ["max_tokens", "response_format"]
+
+
+def test_an_exhausted_account_is_not_waited_for(server: Server) -> None:
+    server.plan = [(429, {}, refusing("You exceeded your quota", "insufficient_quota"))]
+    with pytest.raises(UserError, match="the account is exhausted"):
+        ask(backend(server))
+    assert len(server.seen) == 1
+
+
+def test_who_only_waits_in_the_queue_is_not_given_up(server: Server) -> None:
+    """Refused more often than it has attempts, but others are served in between."""
+    server.busy = {"late?": 4}
+    chosen = backend(server, concurrency=2, retries=1, first_pause=0.1)
+    image, out = png(torch.zeros(3, 8, 8, dtype=torch.uint8)), {}
+    asked = ["late?", *(f"{i}?" for i in range(60))]
+    chosen.answer([Request(image, (q,)) for q in asked], lambda got: out.update(got))
+    assert [out[i].error for i in range(61)] == [None] * 61
+    assert len(server.seen) == 61 + 4
+
+
+def test_an_answer_in_the_form_of_a_page_is_no_answer(server: Server) -> None:
+    server.plan = [(200, {"Content-Type": "text/html"}, "<html>busy</html>")]
+    assert ask(backend(server))[0].texts == ("echo: what?",)
+    assert len(server.seen) == 2
+
+
+def test_files_go_as_they_are_unless_they_are_large_or_turned(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (40, 20), (200, 10, 10)).save(path, quality=80)
+    assert encoded(path, 768) == ("image/jpeg", path.read_bytes())
+    kind, content = encoded(path, 10)
+    assert (kind, Image.open(io.BytesIO(content)).size) == ("image/jpeg", (10, 5))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(path, exif=turned)
+    assert Image.open(io.BytesIO(encoded(path, 768)[1])).size == (20, 40)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.bmp")
+    assert encoded((tmp_path / "b.bmp").read_bytes())[0] == "image/png"
+    for content in (b"no image", b"\x89PNG\r\n\x1a\n"):
+        with pytest.raises(ValueError, match="cannot be read"):
+            encoded(content)
+    with pytest.raises(ValueError, match="missing"):
+        encoded(tmp_path / "absent.png")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_waits_for_what_is_paid_and_asks_nothing_twice(
+    number: int, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AnnotateConfig(
+        images=12,
+        kinds=("caption",),
+        backend="openai",
+        model="m",
+        base_url=server.url,
+        concurrency=4,
+        prompts="instruct",
+    )
+    server.at = {5: lambda: os.kill(os.getpid(), number)}
+    with pytest.raises(KeyboardInterrupt):
+        annotate(config, tmp_path)
+    asked = len(server.seen)
+    assert 5 <= asked <= 9
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert ledger.totals().requests == asked  # every call that went out is on the books
+    annotate(config, tmp_path)
+    assert len(server.seen) == 12
 
 
 def test_without_key_and_address_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,7 +237,8 @@ class OpenAIBackend:
     def _refuse(self, e: Any) -> None:
         """Raise for what no repetition mends."""
         code = str(getattr(e, "code", "") or "")
-        named = e.status_code == 400 and ("model" in code or self.model in _said(e)) and not self._answered
+        spoken = any(f"{mark}{self.model}{mark}" in _said(e) for mark in "'\"`")
+        named = e.status_code == 400 and ("model" in code or spoken) and not self._answered
         if e.status_code in _FATAL or code in _BROKE or named:
             why = _FATAL.get(e.status_code, "the account is exhausted" if code in _BROKE else f"it refuses the model: {_said(e)}")
             raise UserError(self._place, f"{why} (HTTP {e.status_code}, model {self.model!r})", self._way_out) from None
