@@ -75,8 +75,9 @@ def deployed(
 
     from mllm_fl.deployment.node import handle
     from mllm_fl.deployment.server import main
-    from mllm_fl.deployment.sites import Site, write_sites
+    from mllm_fl.deployment.sites import write_sites
     from mllm_fl.engines.flower import GridLink, client_app
+    from mllm_fl.engines.reception import Site
 
     def run(set: str = "", faults: Mapping[int, Any] | None = None, **values: Any) -> dict[str, Any]:
         sites = tmp_path / "sites.json"

@@ -86,7 +86,8 @@ def below(pid: int) -> list[tuple[int, str]]:
                 parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
                 command = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 table[int(place.name)] = (parent, command)
-    found, parents = [], {pid}
+    found: list[tuple[int, str]] = []
+    parents = {pid}
     while True:
         new = [(p, c) for p, (parent, c) in table.items() if parent in parents and p not in dict(found)]
         if not new:

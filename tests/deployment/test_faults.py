@@ -14,9 +14,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from tests.deployment.grid import failing
 
 from mllm_fl.deployment.node import SAYS, Kept
-from mllm_fl.deployment.sites import Site, write_sites
+from mllm_fl.deployment.sites import write_sites
 from mllm_fl.engines import remote
 from mllm_fl.engines.flower import from_content, to_content
+from mllm_fl.engines.reception import Site
 from mllm_fl.engines.wire import Packed, pack, unpack, with_facts
 from mllm_fl.errors import UserError
 from mllm_fl.runs import read_rows

@@ -98,5 +98,5 @@ def test_a_tensor_that_has_no_form_on_the_wire_is_named() -> None:
 
 def test_a_note_says_dtype_and_shape() -> None:
     [found] = leaves(GOOD)
-    assert found == ("w", "x", "float32", (4,)) and found.nbytes == 16
+    assert tuple(found) == ("w", "x", "float32", (4,)) and found.nbytes == 16
     assert dataclasses.asdict(Packed("n")) == {"note": "n", "blobs": ()}

@@ -10,6 +10,7 @@ from mllm_fl.deployment import control
 from mllm_fl.deployment.layout import Layout
 from mllm_fl.deployment.processes import Say
 from mllm_fl.deployment.server import Settings
+from mllm_fl.deployment.sites import read_sites
 from mllm_fl.errors import UserError
 from mllm_fl.runs import read_json, read_rows
 
@@ -147,7 +148,7 @@ def overview(made: Layout) -> list[str]:
     lines = [f"federation {made.folder}, server {made.host}:{made.port}"]
     if control.ready(made):
         by_number = {str(n.get("node-id")): n for n in control.nodes(made)}
-        for site in control.read_sites(made.sites_json):
+        for site in read_sites(made.sites_json):
             found = by_number.get(str(site.node), {})
             state = found.get("status", "not registered") if site.node is not None else "not registered"
             lines.append(f"  site {site.name}: {state}")
