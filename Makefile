@@ -14,7 +14,7 @@ VENV := uv venv --quiet --allow-existing --python $(PYTHON) .venv
 INSTALL := uv pip install --quiet --python $(BIN)/python $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND) )-c constraints.txt
 endif
 
-.PHONY: quickstart test test-deploy browser lint bench mutants teachers experiment clean
+.PHONY: quickstart test test-deploy browser lint bench mutants teachers corpus experiment clean
 
 ARMS := --arm fedavg --arm align --arm pretrain --arm pretrain-align
 quickstart: .venv/quickstart.stamp  ## the three stages on real handwritten digits: a table and report.html
@@ -60,6 +60,12 @@ teachers: .venv/dev.stamp  ## train the bundled mini-CLIP and mini-LLaVA again, 
 	@echo "== teachers: rendered characters only, minutes on two cores"
 	$(BIN)/python -m mllm_fl.models.teacher.recipe
 	$(BIN)/python scripts/teacher_card.py
+
+corpus: .venv/dev.stamp  ## 6,091 real images annotated by a small model that is trained here; resumable; writes docs/corpus-card.md
+	@echo "== corpus: needs MLLM_FL_DATA; the tower takes about an hour of one core, the annotator and the rest a quarter"
+	[ -e runs/cifar-clip/CARD.json ] || $(BIN)/python scripts/cifar_teacher.py --out runs/cifar-clip
+	$(BIN)/python scripts/open_annotator.py --out runs/corpus/annotator
+	$(BIN)/python scripts/open_corpus.py
 
 FILE ?= experiments/quickstart.toml
 SEEDS ?= 0 1 2

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from mllm_fl import cli
 from mllm_fl.config import load
 from mllm_fl.data.cifar import data_root
-from mllm_fl.stages.chain import corpus_path
+from mllm_fl.stages.shared import corpus_path
 
 RUNS = Path("runs")
 HOME = RUNS / "corpus"
@@ -58,9 +58,9 @@ def main() -> None:
     """All steps."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--card", type=Path, default=Path("docs/corpus-card.md"))
-    p.add_argument("--probes", type=int, default=300)
+    p.add_argument("--probes", type=int, default=100)
     args = p.parse_args()
-    os.nice(2)
+    os.nice(1)
     staged(data_root(None, "cifar100"), HOME / "open")
     if not (HOME / "pool" / "truth.jsonl").exists():
         do("corpus", "import", str(HOME / "open"), str(HOME / "pool"))

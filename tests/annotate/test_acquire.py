@@ -123,7 +123,11 @@ def test_killed_in_the_middle_of_a_line_it_goes_on(tmp_path: Path) -> None:
     calls: list[int] = []
 
     def fetch(n: int) -> Wanted:
-        return Wanted(f"images/{n}.png", lambda: (calls.append(n), png(n))[1])
+        def get() -> bytes:
+            calls.append(n)
+            return png(n)
+
+        return Wanted(f"images/{n}.png", get)
 
     acquire([fetch(n) for n in range(4)], tmp_path)
     text = (tmp_path / FILE).read_bytes()

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tests.annotate.corpora import corpus, png, record
 
 from mllm_fl.annotate.quality import clipscore, probes, sheet
 from mllm_fl.annotate.quality.check import QualityConfig, check, read
+from mllm_fl.annotate.records import Record
 from mllm_fl.errors import UserError
 
 FINE = "A dog runs over the green grass."
@@ -38,7 +40,7 @@ def planted(tmp_path: Path) -> Path:
     for n, name in ((90, "train/a/0.png"), (91, "train/b/0.png"), (50, "test/a/0.png"), (51, "test/b/0.png")):
         (test / name).parent.mkdir(parents=True, exist_ok=True)
         (test / name).write_bytes(png(n))
-    records = [
+    records: list[Record | dict[str, Any]] = [
         record("good", "images/0.png", FINE), record("broken", "images/1.png", FINE), record("small", "images/2.png", FINE), record("long", "images/3.png", FINE),
         record("copy", "images/4.png", FINE), record("near", "images/5.jpg", FINE), record("leak", "images/6.png", FINE), record("licence", "images/7.png", FINE),
         record("refusal", "images/0.png", "I'm sorry, I cannot see the image."), record("cut", "images/0.png", "The dog is standing next to the"),

@@ -79,7 +79,7 @@ def acquire(
         UserError: a path that leaves the folder, or the folder cannot be written.
     """
     known = read(folder)
-    first_of = {a.pixels: a.path for a in known.values() if a.state == "ok" and a.pixels}
+    first_of: dict[str | None, str] = {a.pixels: a.path for a in known.values() if a.state == "ok" and a.pixels}
     out: dict[str, Acquired] = {}
     source = iter(wanted)
     with _Journal(folder / FILE) as journal, ThreadPoolExecutor(threads) as pool:

@@ -65,10 +65,11 @@ def _origin(corpus: Corpus) -> str:
 
 
 def _coverage(found: Any) -> str:
-    if not isinstance(found, Mapping) or not found.get("wanted"):
+    if not isinstance(found, Mapping) or not found:
         return ""
-    said = ", ".join(f"{found[s]:,} {s}" for s in STATES if found.get(s))
-    return f"## Coverage\n\n{found['wanted']:,} pictures were wanted: {said}."
+    states = {s: int(found[s]) for s in STATES if found.get(s)}
+    said = ", ".join(f"{n:,} {s}" for s, n in states.items())
+    return f"## Coverage\n\n{found.get('wanted') or sum(states.values()):,} pictures were wanted: {said}."
 
 
 def _kinds(found: Any) -> str:

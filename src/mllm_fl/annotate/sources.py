@@ -185,7 +185,8 @@ def _of_tar(path: Path) -> Iterator[Item]:
     """Samples of a webdataset archive: files that follow one another and share a name up to the first dot."""
     try:
         with tarfile.open(path) as tar:
-            key, parts = "", {}
+            key = ""
+            parts: dict[str, bytes] = {}
             for member in tar:
                 if not member.isfile():
                     continue

@@ -141,7 +141,10 @@ def _answerer(name: str) -> Backend:
         from mllm_fl.config import load
         from mllm_fl.stages.annotate import make_backend
 
-        return make_backend(load(Path(name)).runs[0].annotate)
+        found = load(Path(name)).runs[0].annotate
+        if found is None:
+            raise UserError(name, "has no [annotate] table", "name a configuration with an annotator")
+        return make_backend(found)
     from mllm_fl.annotate.backends.local import LocalBackend
 
     return LocalBackend(name, max_tokens=32)

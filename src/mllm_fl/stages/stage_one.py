@@ -73,8 +73,10 @@ def stage_one_records(config: Config, root: Path) -> tuple[dict[str, Any] | None
 
 
 def pretrained_record(config: Config, root: Path) -> dict[str, Any] | None:
-    """Which teacher and corpus the initial weights came from; None without pretraining."""
+    """Which teacher and corpus the initial weights came from, and how many of its wanted pictures it has; None without pretraining."""
     if config.pretrain is None:
         return None
-    made = read_json(pretrain_path(config, root) / "pretrain.json")
-    return {"teacher": made["teacher"], "corpus": made["what"]["corpus"], "weights_sha256": made["weights_sha256"]}
+    card, made = stage_one_records(config, root)
+    assert made is not None
+    came = {"teacher": made["teacher"], "corpus": made["what"]["corpus"], "weights_sha256": made["weights_sha256"]}
+    return came | ({"coverage": card["coverage"]} if card and card.get("coverage") else {})

@@ -25,10 +25,12 @@ def scores(
 ) -> dict[str, float]:
     """Record id -> its score under the CLIP called ``name``; records whose picture cannot be decoded are left out."""
     clip = load_clip(name)
+    side = int(clip.model.config.vision_config.image_size)
     by_image: dict[str, list[Record]] = {}
     for record in records:
         by_image.setdefault(record.image, []).append(record)
-    images, out = list(by_image), {}
+    images = list(by_image)
+    out: dict[str, float] = {}
     for start in range(0, len(images), batch):
         progress(Event("check", start, len(images), "CLIP score"))
         pictures = {}
@@ -37,7 +39,7 @@ def scores(
                 drawn = to_rgb(folder / image)
             except ValueError:
                 continue
-            pictures[image] = torch.from_numpy(to_array(fit(drawn, 224)).copy())
+            pictures[image] = torch.from_numpy(to_array(fit(drawn, side)).copy())
         if not pictures:
             continue
         seen = dict(zip(pictures, clip.encode_images(torch.stack(list(pictures.values()))), strict=True))

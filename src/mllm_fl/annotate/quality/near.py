@@ -76,4 +76,5 @@ def _groups(bits: np.ndarray, radius: int) -> Iterator[np.ndarray]:
 
 def _popcount(x: np.ndarray) -> np.ndarray:
     """Set bits of each uint64, int."""
-    return _BITS[np.ascontiguousarray(x).view(np.uint8).reshape(*x.shape, 8)].sum(-1, dtype=np.int64)
+    counted: np.ndarray = _BITS[np.ascontiguousarray(x).view(np.uint8).reshape(*x.shape, 8)].sum(-1, dtype=np.int64)
+    return counted
