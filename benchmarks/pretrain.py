@@ -38,6 +38,7 @@ from mllm_fl.stages.pretraining.samples import Batch
 ANSWER = 28  # tokens of a caption, its question and its end
 SHAPES = {  # language part: layers, width, inner width, heads, key-value heads, words
     "1.1b": (22, 2048, 5632, 32, 4, 32_000),
+    "0.1b": (8, 1024, 2816, 16, 16, 32_000),
     "tiny": (2, 256, 512, 4, 4, 32_000),
     "7b": (32, 4096, 11008, 32, 32, 32_064),
 }

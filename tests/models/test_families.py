@@ -178,6 +178,14 @@ def test_every_refusal_has_a_reason_and_an_unknown_family_is_said_to_be_untested
         family_of("x", "fuyu")
 
 
+def test_a_picture_and_its_tile_stand_together() -> None:
+    """LLaVA-NeXT reads picture by picture, each one whole and then as a tile: a a b b, not a b a b."""
+    teacher = teacher_of("llava_next")
+    tokens = torch.stack([torch.zeros(16, 8), torch.ones(16, 8)])
+    packed = teacher.family.pack(tokens, teacher.config, teacher.place)
+    assert packed[:, 0, 0].tolist() == [0, 0, 1, 1]
+
+
 def test_qwens_order_groups_neighbours_and_goes_window_by_window() -> None:
     """6 x 6 positions, groups of 2 x 2, windows of 2 x 2 groups: the third group of the first window is the one below the first."""
     order = qwen_order(config_of("qwen2_5_vl"), 6)

@@ -208,6 +208,7 @@ class _Run:
             teacher = load_llava(c.teacher, plan=self.plan, dtype=dtype, device="cpu" if c.shard else where)
         if c.shard:
             shard_layers(teacher.model, self.world, device)
+            teacher.model.to(self.where)  # what is not repeated: embeddings, projector, the head
         self.learner = Learner(c, self.network, teacher, self.world, mean, std)
         self._keep_features()
         if c.overfit is not None:

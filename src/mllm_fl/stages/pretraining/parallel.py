@@ -71,6 +71,8 @@ def together(device: str) -> Iterator[World]:
         yield World()
         return
     ours = not dist.is_initialized()
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if ours:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
