@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mllm_fl.report.table import compare, footnotes, to_markdown, to_text
+from mllm_fl.report.table import alignment_notes, compare, footnotes, to_markdown, to_text
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "readme_table.py"
 
@@ -115,3 +115,30 @@ def test_a_readme_without_marks_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2 and "README.md: needs <!-- quickstart-table --> once" in done.stderr
     (tmp_path / "quickstart.jsonl").unlink()
     assert "no such results file" in script(tmp_path).stderr
+
+
+def test_every_table_says_on_what_images_stage_3_worked() -> None:
+    """Size, source, in-domain or not, the control; a record that says no domain is known by its source's name, or not at all."""
+
+    def made(arm: str, seed: int = 0, **align: Any) -> dict[str, Any]:
+        return {"arm": arm, "seed": seed, "last": {"accuracy": 0.5}, "align": align or None}
+
+    glyphs: dict[str, Any] = {"source": "glyphs", "images": 200, "in_domain": False}
+    rows = compare([
+        made("plain"), made("aligned", **glyphs), made("aligned", 1, **glyphs), made("ce", **glyphs, control="ce"),
+        made("alone", **glyphs, control="alone"), made("clients", **glyphs, control="clients"),
+        made("old", source="cifar10 leftover, 100 a class", images=1000), made("web", source="web", images=30, in_domain=None),
+    ])  # fmt: skip
+    notes = alignment_notes(rows)
+    assert notes == [
+        "Alignment images of aligned, ce: 200 images of glyphs (not in-domain).",
+        "Alignment images of alone: 200 images of glyphs (not in-domain), and no client.",
+        "Alignment images of clients: 200 images of glyphs (not in-domain), dealt to the clients.",
+        "Alignment images of old: 1000 images of cifar10 leftover, 100 a class (in-domain).",
+        "Alignment images of web: 30 images of web (in-domain: not said).",
+    ]
+    for text in (to_markdown(rows), " ".join(to_text(rows).split())):
+        assert all(n in text for n in notes)
+    hostile = compare([made("a\u202eb", source="x\u202e<script>", images=1, in_domain=True)])
+    assert alignment_notes(hostile) == ["Alignment images of a\ufffdb: 1 images of x\ufffd<script> (in-domain)."]
+    assert "x\ufffd\\<script\\>" in to_markdown(hostile)

@@ -15,7 +15,7 @@ from typing import Any
 
 from mllm_fl.data.longtail import class_counts
 from mllm_fl.errors import UserError
-from mllm_fl.report.table import MISSING, compare, group, number, percent
+from mllm_fl.report.table import MISSING, alignment_notes, compare, group, number, percent
 from mllm_fl.toml import flatten
 
 METHODS = {  # federate.algorithm -> the paper's name
@@ -187,6 +187,7 @@ def _beside(table: int, finals: Sequence[Mapping[str, Any]], rule: str) -> Sheet
         notes.append(_ONCE)
     if not finals:
         notes.append("No run by the paper's protocol is among the results.")
+    notes += alignment_notes(compare(finals))
     return Sheet(TITLES[table], head, tuple(body), tuple(notes))
 
 
@@ -217,6 +218,7 @@ def _apart(table: int, protocol: str, finals: Sequence[Mapping[str, Any]], rule:
         f"{protocol[0].upper()}{protocol[1:]}: methods among themselves; not comparable with the paper's numbers.",
         f"{_words(rule, finals)}, mean ± sample standard deviation over seeds (how many).",
         *once,
+        *alignment_notes(compare(finals)),
     )
     return Sheet(f"{TITLES[table].partition(':')[0]}'s data, {protocol}", ("method", *columns), body, notes)
 

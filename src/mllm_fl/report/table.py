@@ -37,7 +37,8 @@ class Row:
     """One arm. ``values`` holds the columns of SCORES (fractions) and COSTS (bytes, seconds); None where unknown.
 
     ``rounds``: what "the last rounds" of ``mean_last`` are, 20 in our runs; None where the run has no such mean. ``aligned_once``: only
-    ``last`` and the groups are the aligned model's, the numbers over rounds those of the rounds before.
+    ``last`` and the groups are the aligned model's, the numbers over rounds those of the rounds before. ``d_align``: on what images stage 3
+    worked, in words; None without it.
     """
 
     arm: str
@@ -45,6 +46,7 @@ class Row:
     values: Mapping[str, Value | None]
     rounds: int | None = None
     aligned_once: bool = False
+    d_align: str | None = None
 
 
 def number(final: Mapping[str, Any], *path: str) -> float | None:
@@ -105,7 +107,32 @@ def _row(arm: str, group: list[Mapping[str, Any]]) -> Row:
     window = windows.pop() if len(windows) == 1 else None
     seeds = tuple(sorted(f["seed"] for f in group if isinstance(f.get("seed"), int)))
     once = any(f.get("curve") == "unaligned" for f in group)
-    return Row(arm, seeds, values, None if window is None else int(window), once)
+    asked = list(dict.fromkeys(words for f in group if (words := alignment_images(f)) is not None))
+    return Row(arm, seeds, values, None if window is None else int(window), once, "; ".join(asked) or None)
+
+
+def alignment_images(final: Mapping[str, Any]) -> str | None:
+    """D_align of a run in words: how many images, whence, in-domain or not, and what a control did with them; None without it."""
+    align = final.get("align")
+    if not isinstance(align, Mapping):
+        return None
+    source = str(align.get("source", MISSING))
+    known = {"glyphs": False, "leftover": True}  # of records that do not say it themselves
+    inside = align.get("in_domain", next((v for k, v in known.items() if k in source), None))
+    domain = "in-domain: not said" if inside is None else "in-domain" if inside else "not in-domain"
+    size = f"{align.get('images', MISSING)} images of {source} ({domain})"
+    return {"alone": f"{size}, and no client", "clients": f"{size}, dealt to the clients"}.get(
+        align.get("control"), size
+    )
+
+
+def alignment_notes(rows: Sequence[Row]) -> list[str]:
+    """A line for each D_align among the rows, with the arms that use it."""
+    by_images: dict[str, list[str]] = {}
+    for r in rows:
+        if r.d_align is not None:
+            by_images.setdefault(plain(r.d_align), []).append(plain(r.arm))
+    return [f"Alignment images of {', '.join(arms)}: {images}." for images, arms in by_images.items()]
 
 
 def _text(final: Mapping[str, Any], key: str) -> str:
@@ -164,7 +191,11 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
             f"Aligned once, after the last round ({', '.join(once)}): last and the groups are the aligned model's, "
             "the mean over rounds, EMA and max those of the unaligned rounds."
         )
-    return [*lines, "* The best round is selected on test images: an upper bound, not a result."]
+    return [
+        *lines,
+        *alignment_notes(rows),
+        "* The best round is selected on test images: an upper bound, not a result.",
+    ]
 
 
 def to_text(rows: Sequence[Row], width: int = 80) -> str:
@@ -196,7 +227,7 @@ def _cells(cells: Sequence[str], sizes: Sequence[int]) -> str:
 def _wrapped(lines: Sequence[str], width: int) -> list[str]:
     import textwrap
 
-    return [part for line in lines for part in textwrap.wrap(line, width)]
+    return [part for line in lines for part in textwrap.wrap(line, width, break_on_hyphens=False)]
 
 
 def columns(text: str) -> int:
@@ -227,7 +258,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
         "| " + " | ".join([markdown_cell(r.arm), str(len(r.seeds)), *(percent(r.values[k]) for k in SCORES)]) + " |"
         for r in rows
     ]
-    return "\n".join([*lines, "", " ".join(footnotes(rows)).replace("*", "\\*")])
+    notes = "".join("\\" + c if c in "*<>[]`" else c for c in " ".join(footnotes(rows)))
+    return "\n".join([*lines, "", notes])
 
 
 def markdown_cell(text: str) -> str:
