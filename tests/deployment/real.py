@@ -77,32 +77,13 @@ def in_round(path: Path, t: int) -> bool:
     return now.get("kind") == "train" and now.get("round") == t and len(now.get("waiting_for", ())) > 0
 
 
-def below(pid: int) -> list[tuple[int, str]]:
-    """All processes under ``pid``: (number, command)."""
-    table = {}
-    for place in Path("/proc").iterdir():
-        if place.name.isdigit():
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-                command = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                table[int(place.name)] = (parent, command)
-    found: list[tuple[int, str]] = []
-    parents = {pid}
-    while True:
-        new = [(p, c) for p, (parent, c) in table.items() if parent in parents and p not in dict(found)]
-        if not new:
-            return found
-        found += new
-        parents |= {p for p, _ in new}
-
-
 def kill(kept: processes.Kept, word: str | None = None) -> bool:
     """SIGKILL to the process itself, or to the one below it whose command has ``word``; False where there is none now."""
     assert kept.process is not None
     if word is None:
         os.kill(kept.process.pid, signal.SIGKILL)
         return True
-    found = [p for p, command in below(kept.process.pid) if word in command]
+    found = [p for p, command in processes.below(kept.process.pid) if word in command]
     for p in found:
         os.kill(p, signal.SIGKILL)
     return bool(found)

@@ -233,3 +233,46 @@ def test_a_worker_answers_as_the_process_itself_would(
     assert unpack(worker.ask("hello", packed, node, 1)) == unpack(handle("hello", packed, node, 1))
     (state / worker.SOCKET).unlink()
     assert "sizes" in unpack(worker.ask("hello", packed, node, 1)).facts  # without one, by itself
+
+
+def test_a_process_whose_executor_is_gone_is_started_again_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's SuperLink lives on without its executor, and then starts no run any more."""
+    import os
+    import signal
+    import sys
+    import time
+
+    monkeypatch.setattr(processes, "FIRST", 0.05)
+    code = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(999) # executor', ], start_new_session=True).wait(); import time; time.sleep(999)"
+    said: list[str] = []
+
+    def executors() -> list[int]:
+        pid = kept.process.pid if kept.process is not None else 0
+        return (
+            [p for p, command in processes.below(pid) if "# executor" in command and "Popen" not in command]
+            if pid
+            else []
+        )
+
+    with processes.Kept(
+        "link", [sys.executable, "-c", code], {}, tmp_path / "log", said.append, child="time.sleep(999) # executor "
+    ) as kept:
+        first = _soon(executors)
+        time.sleep(3)  # seen
+        os.kill(first[0], signal.SIGKILL)
+        second = _soon(lambda: [p for p in executors() if p not in first], 90)
+    assert said[0] == "link: its time.sleep(999) # executor  is gone; starting both again"
+    assert all(not processes.command_of(p) for p in second)  # a session of its own does not save it from being ended
+
+
+def _soon(what: Any, seconds: float = 60) -> Any:
+    import time
+
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it did not happen")

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from mllm_fl.deployment.layout import QUIET, Layout, Node
@@ -61,9 +61,17 @@ class Kept:
     """One process that is started again whenever it ends. Used as a context manager; leaving it ends the process and all its children."""
 
     def __init__(
-        self, name: str, argv: Sequence[str], env: dict[str, str], log: Path, say: Say, cwd: Path | None = None
+        self,
+        name: str,
+        argv: Sequence[str],
+        env: dict[str, str],
+        log: Path,
+        say: Say,
+        cwd: Path | None = None,
+        child: str = "",
     ) -> None:
         self.name, self.argv, self.env, self.log, self.say, self.cwd = name, list(argv), env, log, say, cwd
+        self.child = child
         self.process: subprocess.Popen[bytes] | None = None
         self.starts = 0
         self._stop = threading.Event()
@@ -101,7 +109,7 @@ class Kept:
             self.starts += 1
             if self._stop.is_set():
                 end(self.process)
-            status = self.process.wait()
+            status = self._ended(self.process)
             end(self.process)  # its children, where it was killed
             if self._stop.is_set():
                 return
@@ -111,6 +119,21 @@ class Kept:
                 self.say(f"{self.name}: {why} (log: {self.log})")
                 said = why
             self._stop.wait(pause)
+
+    def _ended(self, process: subprocess.Popen[bytes]) -> int:
+        """Wait for it; its status. A process whose ``child`` is gone for ten seconds is of no use any more and is ended."""
+        seen, missed = False, 0.0
+        while True:
+            try:
+                return process.wait(2.0)
+            except subprocess.TimeoutExpired:
+                if not self.child or self._stop.is_set():
+                    continue
+            here = any(self.child in command for _, command in below(process.pid))
+            seen, missed = seen or here, 0.0 if here else missed + 2.0
+            if seen and missed > 10:
+                self.say(f"{self.name}: its {self.child} is gone; starting both again")
+                end(process)
 
     def _why(self, at: int) -> str:
         with contextlib.suppress(OSError), open(self.log, "rb") as f:
@@ -122,20 +145,65 @@ class Kept:
 
 def end(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
     """End a process that was started in a session of its own, with everything that it started."""
+    others = {p: command for p, command in below(process.pid) if _group(p) != process.pid}  # Flower's executors
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGTERM)
+    _signal(others, signal.SIGTERM)
     until = time.monotonic() + patience
     while time.monotonic() < until:
         process.poll()
-        try:
-            os.killpg(process.pid, 0)
-        except (ProcessLookupError, PermissionError):
+        others = {p: command for p, command in others.items() if command_of(p) == command}
+        if not _alive(process.pid) and not others:
             return
         time.sleep(0.1)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+    _signal(others, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)
+
+
+def _signal(processes: Iterable[int], number: signal.Signals) -> None:
+    for p in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(p, number)
+
+
+def _group(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return 0
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process; "" where there is none, or it is only waited for, or this system has no /proc."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def below(pid: int) -> list[tuple[int, str]]:
+    """All living processes under ``pid``: (number, command). None where this system has no /proc."""
+    parents: dict[int, int] = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+    found: list[int] = []
+    layer = [pid]
+    while layer:
+        layer = [p for p, parent in parents.items() if parent in layer]
+        found += layer
+    return [(p, command) for p in found if (command := command_of(p))]
 
 
 def superlink(made: Layout, say: Say) -> Kept:
@@ -156,7 +224,9 @@ def superlink(made: Layout, say: Say) -> Kept:
         "--ssl-ca-certfile", str(s / "ca.crt"), "--ssl-certfile", str(s / "server.crt"), "--ssl-keyfile", str(s / "server.key"),
         "--enable-supernode-auth", "--database", str(s / "state.db"), "--disable-runtime-dependency-installation",
     ]  # fmt: skip
-    return Kept("superlink", argv, environment(s / "home"), s / "superlink.log", say, cwd=made.folder)
+    return Kept(
+        "superlink", argv, environment(s / "home"), s / "superlink.log", say, cwd=made.folder, child="flower-superexec"
+    )
 
 
 def supernode(node: Node, say: Say) -> Kept:
@@ -167,7 +237,15 @@ def supernode(node: Node, say: Say) -> Kept:
         "--root-certificates", str(folder / "ca.crt"), "--auth-supernode-private-key", str(folder / "key"),
         "--host", "127.0.0.1", "--port", str(port), "--node-config", node.node_config(),
     ]  # fmt: skip
-    return Kept(node.site, argv, environment(folder / "home"), folder / "supernode.log", say, cwd=folder)
+    return Kept(
+        node.site,
+        argv,
+        environment(folder / "home"),
+        folder / "supernode.log",
+        say,
+        cwd=folder,
+        child="flower-superexec",
+    )
 
 
 def worker(node: Node, say: Say) -> Kept:

@@ -6,7 +6,11 @@ processes that Flower itself starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mllm_fl.engines.link import Answer, Link
@@ -27,6 +31,9 @@ WHY = {  # Flower's error codes, in words that say what happened to a node
     8: "the client's process died",
 }
 
+PATIENCE = 300.0
+"""Seconds that one call to the SuperLink may take."""
+
 Handle = Callable[[str, Packed, Mapping[str, Any], int], Packed]
 """``handle(kind, packed, node_config, node_id)``: a node's answer to one message."""
 Main = Callable[[Link, dict[str, Any], int], None]
@@ -36,11 +43,30 @@ Main = Callable[[Link, dict[str, Any], int], None]
 class GridLink:
     """Flower's Grid as a :class:`mllm_fl.engines.link.Link`."""
 
-    def __init__(self, grid: Any) -> None:
-        self.grid = grid
+    def __init__(self, grid: Any, patience: float = 0.0) -> None:
+        self.grid, self._begun = grid, 0.0
+        if patience:
+            threading.Thread(target=self._watch, args=(patience, os.getppid()), daemon=True).start()
+
+    def _watch(self, patience: float, parent: int) -> None:
+        """Flower's calls do not end when its SuperLink fails in their middle, nor this process with its parent: then end it, so that the run can be resumed."""
+        while True:
+            time.sleep(1.0)
+            begun = self._begun
+            if (begun and time.monotonic() - begun > patience) or os.getppid() != parent:
+                os._exit(70)
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[None]:
+        self._begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._begun = 0.0
 
     def nodes(self) -> dict[int, str]:
-        found = {int(n.node_id): str(n.last_activated_at) for n in self.grid.get_nodes()}
+        with self._call():
+            found = {int(n.node_id): str(n.last_activated_at) for n in self.grid.get_nodes()}
         return dict(sorted(found.items()))
 
     def send(self, letters: Iterable[tuple[int, str, Packed]], group: str, ttl: float) -> list[str | None]:
@@ -50,11 +76,14 @@ class GridLink:
             Message(to_content(packed), dst_node_id=node, message_type=KINDS[kind], group_id=group, ttl=ttl)
             for node, kind, packed in letters
         ]
-        return [str(i) if i else None for i in self.grid.push_messages(made)]
+        with self._call():
+            return [str(i) if i else None for i in self.grid.push_messages(made)]
 
     def collect(self, ids: Iterable[str]) -> list[Answer]:
         answers = []
-        for message in self.grid.pull_messages(list(ids)):
+        with self._call():
+            messages = list(self.grid.pull_messages(list(ids)))
+        for message in messages:
             to = str(message.metadata.reply_to_message_id)  # the sender of errors 3, 4, 5 is the SuperLink
             if message.has_error():
                 answers.append(Answer(to, None, WHY.get(int(message.error.code), WHY[0])))
@@ -100,7 +129,7 @@ def server_app(main: Main) -> Any:
 
     @app.main()  # type: ignore[untyped-decorator,unused-ignore]
     def run(grid: Any, context: Any) -> None:
-        main(GridLink(grid), dict(context.run_config), int(context.run_id))
+        main(GridLink(grid, PATIENCE), dict(context.run_config), int(context.run_id))
 
     return app
 
