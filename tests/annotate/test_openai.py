@@ -231,7 +231,8 @@ def test_who_only_waits_in_the_queue_is_not_given_up(server: Server) -> None:
     """Refused more often than it has attempts, but others are served in between."""
     server.busy = {"late?": 4}
     chosen = backend(server, concurrency=2, retries=1, first_pause=0.1)
-    image, out = png(torch.zeros(3, 8, 8, dtype=torch.uint8)), {}
+    image = png(torch.zeros(3, 8, 8, dtype=torch.uint8))
+    out: dict[int, Entry] = {}
     asked = ["late?", *(f"{i}?" for i in range(60))]
     chosen.answer([Request(image, (q,)) for q in asked], lambda got: out.update(got))
     assert [out[i].error for i in range(61)] == [None] * 61

@@ -80,6 +80,12 @@ def encoded(image: bytes | Path, max_side: int | None = None) -> tuple[str, byte
     A PNG, JPEG or WebP file whose sides are at most ``max_side`` pixels goes as it is. Anything else is turned upright, scaled down and
     encoded again: JPEG (quality 90) stays JPEG, the rest becomes PNG.
     """
+    kind, content, ready = as_it_is(image, max_side)
+    return (kind, content) if ready else encoded_again(kind, content, max_side)
+
+
+def as_it_is(image: bytes | Path, max_side: int | None = None) -> tuple[str, bytes, bool]:
+    """(media type, bytes, True) of a file that goes as it is, else (its format, bytes, False): only its head is looked at."""
     try:
         content = image if isinstance(image, bytes) else image.read_bytes()
         with Image.open(io.BytesIO(content)) as found:
@@ -87,14 +93,18 @@ def encoded(image: bytes | Path, max_side: int | None = None) -> tuple[str, byte
             small = max_side is None or max(found.size) <= max_side
             if found.width * found.height > PIXEL_LIMIT:
                 raise ValueError(f"{found.width}x{found.height} pixels is more than {PIXEL_LIMIT:,}")
-        if small and upright and kind in _SENT_AS_IT_IS:
-            return _SENT_AS_IT_IS[kind], content
     except FileNotFoundError:
         raise ValueError("the picture is missing") from None
     except Image.DecompressionBombError:
         raise ValueError("far too many pixels") from None
     except (OSError, SyntaxError):
         raise ValueError("the picture cannot be read") from None
+    ready = small and upright and kind in _SENT_AS_IT_IS
+    return (_SENT_AS_IT_IS[kind] if ready else kind), content, ready
+
+
+def encoded_again(kind: str, content: bytes, max_side: int | None) -> tuple[str, bytes]:
+    """(media type, bytes) of the picture, upright and scaled down; this takes its time."""
     drawn = to_rgb(content)
     if max_side is not None and max(drawn.size) > max_side:
         drawn.thumbnail((max_side, max_side))

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from mllm_fl.annotate.backends.base import Deliver, Request, encoded
+from mllm_fl.annotate.backends.base import Deliver, Request, as_it_is, encoded_again
 from mllm_fl.annotate.backends.pace import Pace, retry_after
 from mllm_fl.annotate.ledger import Entry
 from mllm_fl.annotate.prices import text_tokens
@@ -134,7 +134,9 @@ class OpenAIBackend:
         start = time.perf_counter()
         texts = list(request.done)
         try:
-            kind, content = await asyncio.to_thread(encoded, request.image, self.max_side)
+            kind, content, ready = as_it_is(request.image, self.max_side)
+            if not ready:
+                kind, content = await asyncio.to_thread(encoded_again, kind, content, self.max_side)
         except ValueError as e:
             return Entry(tuple(texts), str(e))
         picture = f"data:{kind};base64,{base64.b64encode(content).decode()}"
@@ -186,7 +188,10 @@ class OpenAIBackend:
             try:
                 if self._stop is not None:
                     raise _Stopped
-                reply = await client.chat.completions.create(**body)
+                # what chat.completions.create() does, without its walk through the message: a tenth of the processor's time
+                reply = await client.post(
+                    "/chat/completions", body=body, cast_to=self._openai.types.chat.ChatCompletion
+                )
                 if not hasattr(reply, "choices"):
                     raise ValueError("no chat completion")
                 used = float(getattr(reply.usage, "total_tokens", None) or guess)
@@ -240,7 +245,9 @@ class OpenAIBackend:
         spoken = any(f"{mark}{self.model}{mark}" in _said(e) for mark in "'\"`")
         named = e.status_code == 400 and ("model" in code or spoken) and not self._answered
         if e.status_code in _FATAL or code in _BROKE or named:
-            why = _FATAL.get(e.status_code, "the account is exhausted" if code in _BROKE else f"it refuses the model: {_said(e)}")
+            why = _FATAL.get(
+                e.status_code, "the account is exhausted" if code in _BROKE else f"it refuses the model: {_said(e)}"
+            )
             raise UserError(self._place, f"{why} (HTTP {e.status_code}, model {self.model!r})", self._way_out) from None
 
     async def _pause(self, seconds: float) -> None:
