@@ -239,6 +239,29 @@ def test_a_node_that_claims_anothers_name_is_refused_and_recorded(
     assert [e["reason"][:20] for e in events(tmp_path, "site refused")] == ["says it is 'site-1',"]
 
 
+def test_a_site_that_was_mended_and_started_again_is_heard_again(
+    deployed: Run, nodes: dict[int, dict[str, Any]], grids: list[Any], tmp_path: Path
+) -> None:
+    nodes[102]["site"] = "site-1"
+    asked: list[str] = []
+
+    def mended(message: Message, answer: Callable[[], Message]) -> Message:
+        asked.append(message.metadata.message_type)
+        reply = answer()
+        if len(asked) == 1:
+            grids[-1].nodes[102]["site"], grids[-1].since[102] = "site-2", "later"
+        return reply
+
+    deployed(ONE, {102: mended})
+    assert asked == ["query", "query", "train"]
+    assert [
+        e["event"] for k in ("site refused", "site admitted") for e in events(tmp_path, k) if e["site"] == "site-2"
+    ] == [
+        "site refused",
+        "site admitted",
+    ]
+
+
 def test_a_key_that_belongs_to_no_site_is_refused_and_the_run_goes_on_without_it(
     deployed: Run, nodes: dict[int, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -216,12 +216,12 @@ def test_a_worker_answers_as_the_process_itself_would(
     from mllm_fl.config import load
     from mllm_fl.deployment import worker
     from mllm_fl.deployment.node import handle
-    from mllm_fl.deployment.server import _common
+    from mllm_fl.deployment.server import _common, _splits
     from mllm_fl.engines.wire import Parcel, pack, unpack
     from mllm_fl.stages import chain
 
     [one] = load(config).runs
-    facts = _common(one, chain.federation_of(one), Settings(str(config)))
+    facts = _common(one, _splits(chain.federation_of(one)), Settings(str(config)))
     node = nodes[101]
     state = Path(node["state"])
     threading.Thread(target=worker.serve, args=(state,), daemon=True).start()

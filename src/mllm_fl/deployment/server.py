@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_fl import __version__
 from mllm_fl.atomic import write_atomic
 from mllm_fl.config import Config, load
+from mllm_fl.data.sources import Splits, load_source
 from mllm_fl.deployment.sites import SitesFederation, read_sites
 from mllm_fl.engines.reception import OWN, PARTITION, Reception, Site
 from mllm_fl.engines.remote import RemoteEngine, Schedule
@@ -133,9 +134,15 @@ def main(link: Link, run_config: Mapping[str, Any], run_id: int) -> dict[str, An
     path = chain.run_path(config, Path(settings.runs))
     status = Status(path)
     try:
-        server = chain.federation_of(config)
+        if config.align is not None and config.align.control == "clients":
+            raise UserError(
+                "align.control",
+                "'clients' deals the server's images to clients, which are elsewhere",
+                "leave it out, or simulate",
+            )
+        server = load_source(config.data) if settings.images == OWN else _splits(chain.federation_of(config))
         clients = len(sites) if settings.images == OWN else config.data.clients
-        reception = Reception(sites, clients, server.class_names, settings.images, open_door=not settings.sites)
+        reception = Reception(sites, clients, server.train.class_names, settings.images, open_door=not settings.sites)
         begun = _gathered(link, settings, reception, _common(config, server, settings), config, path, run_id, status)
         if settings.images == OWN:
             sites_of = SitesFederation.of(server, begun["sites"], begun["sizes"], begun["histograms"], config.data)
@@ -193,16 +200,20 @@ def _gathered(
         return begun
 
 
-def _common(config: Config, federation: Federation, settings: Settings) -> dict[str, Any]:
+def _splits(federation: Federation) -> Splits:
+    return Splits(federation.train, federation.test)
+
+
+def _common(config: Config, server: Splits, settings: Settings) -> dict[str, Any]:
     """What every message says."""
     return {
         "version": __version__,
         "config": json.loads(json.dumps(config.resolved())),
-        "classes": list(federation.class_names),
+        "classes": list(server.train.class_names),
         "images": settings.images,
-        "size": int(federation.test.read([0]).shape[-1]),
-        "mean": list(federation.train.mean),
-        "std": list(federation.train.std),
+        "size": int(server.test.read([0]).shape[-1]),
+        "mean": list(server.train.mean),
+        "std": list(server.train.std),
         "histograms": True,
     }
 

@@ -18,6 +18,7 @@ from mllm_fl.data.config import DataConfig
 from mllm_fl.data.federation import Federation
 from mllm_fl.data.images import ImageSet, Pair
 from mllm_fl.data.manifest import Manifest, sha256_of
+from mllm_fl.data.sources import Splits
 from mllm_fl.engines.reception import Site
 from mllm_fl.errors import UserError
 from mllm_fl.runs import read_json
@@ -78,7 +79,7 @@ class SitesFederation(Federation):
     @classmethod
     def of(
         cls,
-        server: Federation,
+        server: Splits,
         names: Sequence[str],
         sizes: Mapping[str, int],
         histograms: Mapping[str, Sequence[int]],
@@ -86,7 +87,7 @@ class SitesFederation(Federation):
     ) -> SitesFederation:
         """From what the sites said. Class counts are the sum of the histograms where all sites share theirs, else zeros: unknown."""
         held = [int(sizes[str(k)]) for k in range(len(names))]
-        classes = len(server.class_names)
+        classes = len(server.train.class_names)
         shared = [histograms[str(k)] for k in range(len(names)) if str(k) in histograms]
         counts = [sum(column) for column in zip(*shared, strict=True)] if len(shared) == len(names) else [0] * classes
         ends = np.cumsum([0, *held]).tolist()
@@ -95,7 +96,7 @@ class SitesFederation(Federation):
             dataset=f"{len(names)} sites",
             fingerprint=sha256_of([list(names), held]),
             images=sum(held),
-            class_names=server.class_names,
+            class_names=server.train.class_names,
             imbalance_factor=1,
             achieved_imbalance=max(counts) / min(n for n in counts if n) if any(counts) else 1,
             partition="sites",

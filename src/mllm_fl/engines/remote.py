@@ -78,6 +78,7 @@ class RemoteEngine:
         self.on_event, self.on_state = on_event, on_state
         self.dropped: dict[int, str] = {}
         self.owing: dict[int, str] = {}  # node -> the message that it has not answered
+        self._refused_when: dict[int, str] = {}
         self._threads = 0
 
     def __enter__(self) -> RemoteEngine:
@@ -116,7 +117,10 @@ class RemoteEngine:
 
     def greet(self) -> None:
         """Say hello to nodes that have not been heard; whoever may not take part is recorded once."""
-        here = list(self.link.nodes())
+        here = self.link.nodes()
+        for n, since in self._refused_when.items():
+            if here.get(n, since) != since:  # mended and started again
+                self.reception.refused.pop(n, None)
         unknown = [n for n in here if n not in self.reception.admitted and n not in self.reception.refused]
         unknown = [n for n in unknown if n not in self.owing]
         if not unknown:
@@ -129,6 +133,8 @@ class RemoteEngine:
                 self.on_event("no greeting", node=str(node), site=self.reception.site(node), reason=problem)
                 continue
             why = self.reception.admit(node, parcel.facts)
+            if why:
+                self._refused_when[node] = here[node]
             kind = "site refused" if why else "site admitted"
             self.on_event(kind, node=str(node), site=self.reception.site(node), **({"reason": why} if why else {}))
 
