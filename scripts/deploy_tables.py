@@ -53,7 +53,11 @@ def main() -> int:
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--check", action="store_true")
     check = args.parse_args().check
-    rows = [json.loads(line) for line in (ROOT / "results" / "deploy.jsonl").read_text().splitlines()]
+    source = ROOT / "results" / "deploy.jsonl"
+    if not source.exists():
+        print(f"{source}: nothing measured yet; see `--help`", file=sys.stderr)
+        return 2
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
     page = ROOT / "docs" / "deploy.md"
     old = text = page.read_text()
     for name, table in (("faults", faults(rows)), ("cost", cost(rows))):
