@@ -20,7 +20,6 @@ OWNERS = {
     "cryptography": ("deployment/certificates.py", "deployment/doctor.py"),
     "imagehash": ("annotate/quality/near.py",),
     "py3langid": ("annotate/quality/texts.py",),
-    "ray": ("annotate/ray_data.py",),
     "flwr": ("engines/flower.py",),
     "matplotlib": ("report/",),
     "open_clip": ("models/teacher/openclip.py",),

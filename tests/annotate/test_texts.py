@@ -81,6 +81,15 @@ def test_length_counts_the_words_of_all_answers() -> None:
     assert texts.length(r, 5, 9) == "4 words" == texts.length(r, 1, 3)
 
 
+def test_one_answer_under_very_many_pictures_is_seen() -> None:
+    same = [record(f"s{n}", f"{n}.png", "A photo of a porcupine.") for n in range(20)]
+    others = [record(f"o{n}", f"{n}.png", f"A dog number {n}.") for n in range(1900)]
+    assert set(texts.sameness(same + others)) == {r.id for r in same}  # 20 of 1,920 are more than 1 %
+    assert texts.sameness(same[1:] + others) == {}  # nineteen are let through
+    more = [record(f"m{n}", f"{n}.png", f"A cat number {n}.") for n in range(200)]
+    assert texts.sameness(same + others + more) == {}  # 20 of 2,120 are less
+
+
 def test_another_language_is_seen_and_short_texts_are_left_undecided() -> None:
     german = record("1", "a.png", "Ein Hund läuft über die grüne Wiese und bellt laut.")
     assert str(texts.language(german, "en")).startswith("de with probability")

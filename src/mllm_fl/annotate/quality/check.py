@@ -174,6 +174,8 @@ def _said(found: Sheet, records: Sequence[Record], config: QualityConfig) -> Non
     for name, test in simple.items():
         found.begin(name)
         found.failed[name] = {r.id: why for r in records if (why := test(r)) is not None}
+    found.begin("sameness")
+    found.failed["sameness"] = texts.sameness(records)
     try:
         texts.detector()
     except UserError as e:

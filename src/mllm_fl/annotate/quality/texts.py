@@ -54,6 +54,7 @@ _OPEN_ENDS = frozenset(
     ]
 )
 _ENDS = tuple(".!?…\"'”’)。！？")
+SAME = 20  # records with one and the same answer that are let through in any case
 SHARED = 8  # words in a row that an answer may not have in common with the instruction
 LANGUAGE_SURE, LANGUAGE_LETTERS = (
     0.9,
@@ -105,6 +106,16 @@ def repetition(record: Record) -> str | None:
     if len(long) > 1 and len(set(long)) == 1:
         return f"one answer to all {len(long)} questions"
     return None
+
+
+def sameness(records: Sequence[Record]) -> dict[str, str]:
+    """Record id -> why, of records whose whole answer stands under more than 1 % of the pictures of their kind, and at least 20: it says nothing about any of them."""
+    said = Counter((r.kind, r.answers) for r in records)
+    of_kind = Counter(r.kind for r in records)
+    times = {key: n for key, n in said.items() if n >= SAME and n > 0.01 * of_kind[key[0]]}
+    return {
+        r.id: f"the same answer {times[r.kind, r.answers]:,} times" for r in records if (r.kind, r.answers) in times
+    }
 
 
 def length(record: Record, least: int, most: int) -> str | None:
