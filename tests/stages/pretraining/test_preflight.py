@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from tests import tiny_llava
+from tests.tiny_families import teacher_of
 from torch import nn
 
 from mllm_fl.errors import UserError
 from mllm_fl.models.network import ModelConfig, build_network
+from mllm_fl.models.teacher.families import FAMILIES
 from mllm_fl.models.teacher.llava import Blueprint, open_llava
 from mllm_fl.stages.pretraining import preflight
 
@@ -67,3 +69,13 @@ def test_the_peak_is_measured_from_where_it_began() -> None:
     block = torch.ones(64 << 20, dtype=torch.uint8)
     del block
     assert 32 << 20 < preflight.peak_bytes(device, before) < 1 << 30
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llava"])
+def test_every_family_can_be_estimated(family: str) -> None:
+    teacher = teacher_of(family)
+    network = build_network(ModelConfig(width=4, adapter="linear", adapter_dim=teacher.width), 10, 0)
+    asked = {"side": 16, "share": 2, "part": 2, "tokens": 30, "predicted": 5, "half": False, "checkpointing": False}
+    out = preflight.estimate(teacher, network, **asked)  # type: ignore[arg-type]
+    assert out["frozen weights"] == 4 * sum(p.numel() for p in teacher.model.parameters())
+    assert out["language model"] > 2 * 30 * 16 * 4  # more than its input

@@ -63,10 +63,13 @@ class Blueprint:
         return self.family.picture(self.processor, self.place.tokens)
 
     def skeleton(self, dtype: torch.dtype) -> nn.Module:
-        """The frozen model with random weights; for where tensors have no storage (FakeTensorMode)."""
+        """The frozen model with weights of no value; for where tensors have no storage (FakeTensorMode)."""
         from transformers import AutoModelForImageTextToText
+        from transformers.initialization import no_init_weights
 
-        model: nn.Module = AutoModelForImageTextToText.from_config(self.config, dtype=dtype)
+        with no_init_weights():  # some initialisers look at the values that they drew
+            model: nn.Module = AutoModelForImageTextToText.from_config(self.config, dtype=dtype)
+        model.tie_weights()  # type: ignore[operator]  # or shared ones would count twice
         return model.eval().requires_grad_(False)
 
     @cached_property
