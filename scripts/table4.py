@@ -219,7 +219,7 @@ def main() -> None:
     p.add_argument("--epochs", type=int, default=30)
     p.add_argument("--lr", type=float, default=0.01)
     p.add_argument("--runs", type=Path, default=Path("runs/table4"))
-    p.add_argument("--out", type=Path, default=Path("results/table4.jsonl"))
+    p.add_argument("--out", type=Path, default=Path("results") / "table4.jsonl")
     p.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help='for example --set pretrain.steps=20')  # fmt: skip
     p.add_argument("--page", type=Path, help="a Markdown file whose <!-- table4 --> block is replaced")
     args = p.parse_args()
