@@ -158,6 +158,21 @@ def test_a_telephone_scrolls_one_way_only(shown: Chromium, width: int) -> None:
     assert shown.value(too_wide) == []
 
 
+@pytest.mark.parametrize("width", [1280, 400])
+def test_names_of_two_hundred_characters_stay_in_their_cells(browser: Chromium, tmp_path: Path, width: int) -> None:
+    """Also where an arm's name heads a column, among what differs between the arms; an alignment image's source too."""
+    long = {"source": "z" * 200 + HOSTILE[0], "images": 30, "in_domain": False}
+    arms = {"plain": {}, "y" * 200: {"stages": (False, True), "align": long}}
+    folders = [run_folder(tmp_path, arm, names=HOSTILE, **more) for arm, more in arms.items()]  # type: ignore[arg-type]
+    browser.resize(width, 900)
+    browser.open(build(folders, tmp_path / "report.html", title="long"))
+    outside = """[...document.querySelectorAll('th button, td bdi, th bdi')].filter((e) =>
+        e.getBoundingClientRect().right > e.closest('th, td').getBoundingClientRect().right + 1).map((e) => e.outerHTML)"""
+    assert browser.value(outside) == []
+    assert browser.value("document.documentElement.scrollWidth") <= width
+    assert "z" * 200 + HOSTILE[0] + " (not in-domain)" in str(browser.value("document.body.innerText"))
+
+
 def test_on_paper_there_are_no_buttons_and_no_scrolling(shown: Chromium) -> None:
     shown.prefer("dark", "print")
     assert shown.value(

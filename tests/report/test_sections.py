@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tests.report.folders import lines, run_folder
 
-from mllm_fl.report import context, plots, results
+from mllm_fl.report import build, context, plots, results
 from mllm_fl.report.costs import costs
 from mllm_fl.report.document import page
 from mllm_fl.report.html import Cell, escape, table, tag
@@ -234,3 +234,12 @@ def test_other_measures_and_each_client(tmp_path: Path) -> None:
     assert 'client 1</th><td class="n">–</td>' in text and "The round chosen" not in text
     chosen = {"accuracy": 0.375, "validation": 0.4, "round": 7, "source": "leftover", "images": 90}
     assert ">37.5<" in measures(read([run_folder(tmp_path, seed=1, chosen=chosen)]))
+
+
+def test_images_that_were_dealt_to_the_clients_are_no_alignment(tmp_path: Path) -> None:
+    """The control ``clients`` has a D_align and no stage 3: it stands in the comparison, not among what alignment did."""
+    dealt = {"source": "glyphs", "images": 30, "in_domain": False, "control": "clients"}
+    folders = [run_folder(tmp_path, "dealt", align=dealt), run_folder(tmp_path, "aligned", stages=(False, True))]
+    text = build(folders, tmp_path / "r.html").read_text(encoding="utf-8")
+    did = text.split("What the alignment of the last round did")[2].split("</table>")[0]
+    assert "aligned" in did and "dealt" not in did and "30 images of glyphs (not in-domain), dealt to the clients" in text

@@ -72,7 +72,7 @@ def _federation(index: int, federation: Mapping[str, Any], arms: list[str], clas
     return join(
         [
             paragraph(facts, f" ({how})." if how else ".", whose),
-            figure(svg, "Darker is more images (logarithmic)."),
+            figure(svg, "The stronger the colour, the more images (logarithmic)."),
             written,
         ]
     )

@@ -48,7 +48,7 @@ def _alignment(found: Found) -> Markup:
     body = []
     for arm in found.arms:
         before = [_before(run) for run in arm.runs]
-        images = {_images(run) for run in arm.runs if run.final.get("align")}
+        images = {_images(run) for run in arm.runs if run.final.get("align") and _was_aligned(run)}
         if not images:
             continue
         after = scores(arm, "last", "accuracy")
@@ -62,6 +62,12 @@ def _alignment(found: Found) -> Markup:
         return Markup("")
     head = ["arm", "alignment images", "before, %", "after, %", "change"]
     return table("What the alignment of the last round did to the aggregated model", head, body)
+
+
+def _was_aligned(run: Run) -> bool:
+    """Whether stage 3 was on; a control may have dealt D_align's images to the clients instead."""
+    stages = run.final.get("stages")
+    return not isinstance(stages, Mapping) or bool(stages.get("align", True))
 
 
 def _before(run: Run) -> float | None:

@@ -121,9 +121,8 @@ def alignment_images(final: Mapping[str, Any]) -> str | None:
     inside = align.get("in_domain", next((v for k, v in known.items() if k in source), None))
     domain = "in-domain: not said" if inside is None else "in-domain" if inside else "not in-domain"
     size = f"{align.get('images', MISSING)} images of {source} ({domain})"
-    return {"alone": f"{size}, and no client", "clients": f"{size}, dealt to the clients"}.get(
-        align.get("control"), size
-    )
+    done = {"alone": ", and no client", "clients": ", dealt to the clients"}
+    return size + done.get(str(align.get("control")), "")
 
 
 def alignment_notes(rows: Sequence[Row]) -> list[str]:
