@@ -245,6 +245,25 @@ def test_an_answer_in_the_form_of_a_page_is_no_answer(server: Server) -> None:
     assert len(server.seen) == 2
 
 
+def test_halves_of_characters_break_nothing(server: Server, tmp_path: Path) -> None:
+    """A server cuts an emoji in two, a file's name is no UTF-8, another holds what some call the end of a line."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, name in enumerate((b"\xff.png", "a\u2028b.png".encode())):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(Path(os.fsdecode(os.path.join(os.fsencode(photos), name))))
+    (photos / os.fsdecode(b"\xfe.png")).write_bytes(b"no picture")
+    server.plan = [(200, {}, reply("a smile \ud83d"))]  # json.dumps writes it as half a pair
+    config = AnnotateConfig(
+        source=f"folder:{photos}", kinds=("caption",), backend="openai", model="m", base_url=server.url, concurrency=1
+    )
+    for _ in range(2):
+        corpus = annotate(config, tmp_path / "corpus", retry=True)
+        assert len(corpus.records) == 2
+        assert corpus.card["coverage"] == {"ok": 2, "corrupt": 1}
+    assert sum(r.answers == ("a smile ?",) for r in corpus.records) == 1
+    assert len(server.seen) == 2
+
+
 def test_files_go_as_they_are_unless_they_are_large_or_turned(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     Image.new("RGB", (40, 20), (200, 10, 10)).save(path, quality=80)

@@ -21,7 +21,7 @@ from typing import Any
 from mllm_fl.annotate.ledger_file import VERSION, Transaction, born, connect
 from mllm_fl.errors import UserError
 
-__all__ = ["LEASE", "VERSION", "Entry", "Key", "Ledger", "Totals", "born", "canonical"]
+__all__ = ["LEASE", "VERSION", "Entry", "Key", "Ledger", "Totals", "born", "canonical", "printable"]
 LEASE = 900.0  # seconds after which a claim from another machine is taken over, unless it was renewed
 BATCH = "batch:"  # the owner of what lies in a submitted batch begins so
 
@@ -90,6 +90,11 @@ class Totals:
 def canonical(parameters: Mapping[str, Any]) -> str:
     """Parameters as JSON that is equal for equal values."""
     return json.dumps(parameters, sort_keys=True, ensure_ascii=False)
+
+
+def printable(text: str) -> str:
+    """The text with halves of characters (lone surrogates: cut-off emoji, file names that are no UTF-8) as question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class Ledger:
@@ -195,12 +200,12 @@ class Ledger:
         with self._writing():
             for key, e in entries:
                 status = "claimed" if e.partial else "failed" if e.error is not None else "ok"
-                answer = json.dumps(e.texts, ensure_ascii=False) if e.texts or status == "ok" else None
+                answer = printable(json.dumps(e.texts, ensure_ascii=False)) if e.texts or status == "ok" else None
                 self._db.execute(
                     _WRITE,
                     (
-                        *key.columns, status, answer, e.error, e.prompt_tokens, e.completion_tokens, e.seconds, 0 if e.partial else 1,
-                        self.owner, now, e.cost, canonical(e.provenance) if e.provenance else None, e.source, e.licence,
+                        *key.columns, status, answer, None if e.error is None else printable(e.error), e.prompt_tokens, e.completion_tokens, e.seconds, 0 if e.partial else 1,
+                        self.owner, now, e.cost, printable(canonical(e.provenance)) if e.provenance else None, printable(e.source), printable(e.licence),
                     ),
                 )  # fmt: skip
                 self._db.execute(

@@ -88,7 +88,7 @@ class Source:
             row = known.get(name)
             if row is None or not _unchanged(path, row):
                 row = {"file": hashlib.sha256(_bytes(path)).hexdigest()}
-            h.update(f"{name} {row['file']}\n".encode())
+            h.update(f"{name} {row['file']}\n".encode("utf-8", "surrogateescape"))
         return h.hexdigest()
 
 
@@ -116,7 +116,7 @@ def lay_out(source: Source, folder: Path, progress: Progress = silent) -> OpenIm
         why = next(iter(out.unreadable.items()), None)
         problem = f"no readable image (first: {why[0]}: {why[1]})" if why else "no image"
         raise UserError(source.where, problem, f"images end in {', '.join(EXTENSIONS)}")
-    write_whole(folder / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_whole(folder / FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
     if out.scenes:
         lines = "".join(json.dumps({"image": p, **s}) + "\n" for p, s in out.scenes.items())
         write_whole(folder / "scenes.jsonl", lines.encode())
@@ -238,7 +238,7 @@ def _lines(path: Path) -> Sequence[dict[str, Any]]:
     rows = []
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]  # the last line of a killed process may be half
-    for i, line in enumerate(whole.splitlines()):
+    for i, line in enumerate(whole.split("\n")[:-1]):
         try:
             row = json.loads(line)
         except ValueError:

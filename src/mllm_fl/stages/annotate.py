@@ -18,7 +18,7 @@ from mllm_fl.annotate.agreement import agreement
 from mllm_fl.annotate.backends.base import Backend
 from mllm_fl.annotate.corpus import Corpus
 from mllm_fl.annotate.engine import Limits, Outcome, Pending, Question, ask, chunks
-from mllm_fl.annotate.ledger import Key, Ledger, born, canonical
+from mllm_fl.annotate.ledger import Key, Ledger, born, canonical, printable
 from mllm_fl.annotate.open_images import OpenImages, lay_out
 from mllm_fl.annotate.prices import price_of
 from mllm_fl.annotate.prompts import Prompt, prompts_for
@@ -192,7 +192,7 @@ def _finish(
     }  # fmt: skip
     older = read_json(folder / "card.json") if (folder / "card.json").exists() else {}
     card = {k: v for k, v in (older | card).items() if v is not None}
-    write_whole(folder / "card.json", (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(folder / "card.json", printable(json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
     save(records, folder / "records.json")
 
 

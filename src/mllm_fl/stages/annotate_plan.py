@@ -121,7 +121,7 @@ def _pictures(config: AnnotateConfig, folder: Path) -> tuple[int, int]:
         return source.count, image_tokens(size, size, side)
     laid_out = folder / FILE
     if laid_out.exists():
-        rows = [json.loads(line) for line in laid_out.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in laid_out.read_text(encoding="utf-8").split("\n") if line]
         files = [folder / row["image"] for row in rows if row["state"] == "ok"]
     elif source.root.is_dir():
         files = source.files()

@@ -224,7 +224,7 @@ class _Work:
     def _fetched(self, batch: Batch, file: str, what: str) -> Iterator[tuple[Key, int, dict[str, Any]]]:
         content = self._call(lambda: self.client.files.content(file).read())
         write_whole(self.folder / f"{batch.id}.{what}.jsonl", content)
-        for text in content.decode("utf-8", "replace").splitlines():
+        for text in content.decode("utf-8", "replace").split("\n"):
             try:
                 line = json.loads(text)
                 name, _, j = str(line["custom_id"]).rpartition("-")

@@ -20,7 +20,7 @@ from typing import Any
 
 from mllm_fl.annotate.backends.base import Deliver, Request, as_it_is, encoded_again
 from mllm_fl.annotate.backends.pace import Pace, retry_after
-from mllm_fl.annotate.ledger import Entry
+from mllm_fl.annotate.ledger import Entry, printable
 from mllm_fl.annotate.prices import text_tokens
 from mllm_fl.errors import UserError
 
@@ -304,7 +304,7 @@ def read(reply: Any) -> tuple[str, str]:
     if not choices:
         return "reply without choices", ""
     message = choices[0].message
-    text = getattr(message, "content", None) or ""
+    text = printable(getattr(message, "content", None) or "")
     if getattr(message, "refusal", None):
         return "refused", ""
     if choices[0].finish_reason == "length":
