@@ -20,6 +20,15 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 MISTAKES = [
+    ("arm = 3", r"table2.toml: arm: expected tables, got 3; write \[\[arm\]\]"),
+    ("[arm]\nname = 'a'", r"table2.toml: arm: expected tables, got .*; write \[\[arm\]\]"),
+    ("arm = []", r"table2.toml: arm: expected tables"),
+    ("[[arm]]\nset = 'x'", r"\[\[arm\]\] number 1: set: expected a table, got 'x'"),
+    ('[[arm]]\nname = "a\\u001b[31mred"', r"\[\[arm\]\] number 1: name: 'a\\x1b\[31mred' cannot name a folder"),
+    ("[[arm]]\nname = '../up'", r"\[\[arm\]\] number 1: name: '../up' cannot name a folder"),
+    ("[[arm]]\nname = 3", r"\[\[arm\]\] number 1: name: expected a string, got 3"),
+    (f"experiment = '{'ü' * 51}'", r"experiment: 102 bytes are too long for a folder's name; at most 100"),
+    ("seeds = [0, 1, 0]", r"table2.toml: seeds: a seed stands twice in \[0, 1, 0\]"),
     (
         "federate.local.learning_rate = 0.1",
         r"table2.toml: federate.local.learning_rate: unknown key; did you mean 'lr'\?",
@@ -124,3 +133,9 @@ def test_a_users_own_method_is_found_by_module_and_class(tmp_path: Path, monkeyp
     method = plan.runs[0].federate.method
     assert type(method).__name__ == "MyMethod"
     assert vars(method) == {"strength": 2.0}
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "windows.toml"
+    path.write_bytes(b"\xef\xbb\xbfseed = 7\r\n")
+    assert load(path).runs[0].seed == 7

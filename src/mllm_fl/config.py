@@ -42,9 +42,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for key in ("experiment", "name"):
-            value = getattr(self, key)
-            if not value or value.startswith(".") or any(c in value for c in "/\\\0\n"):
-                raise UserError(key, f"{value!r} cannot name a folder", "use letters, digits, - and _")
+            check_name(getattr(self, key), key)
         if self.federate.clients_per_round > self.data.clients:
             raise UserError(
                 "federate.clients_per_round",
@@ -100,18 +98,17 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Plan:
     """
     raw = read_toml(path)
     place = str(path)
-    arms = raw.pop("arm", [{}])
+    arms = _arms(raw.pop("arm", [{}]), place)
     seeds = raw.pop("seeds", None)
     if seeds is not None and (not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds)):
         raise UserError(f"{place}: seeds", f"expected a list of whole numbers, got {seeds!r}")
+    if seeds is not None and len(set(seeds)) < len(seeds):
+        raise UserError(f"{place}: seeds", f"a seed stands twice in {seeds}", "name each once")
     raw.setdefault("experiment", path.stem)
     raw.setdefault("name", path.stem)
     runs: list[Config] = []
     names: list[str] = []
-    for i, arm in enumerate(arms):
-        unknown = set(arm) - {"name", "set"} if isinstance(arm, dict) else {"arm"}
-        if unknown or (len(arms) > 1 and "name" not in arm):
-            raise UserError(f"{place}: [[arm]] number {i + 1}", "needs `name`, and optionally `set`, and nothing else")
+    for arm in arms:
         for seed in seeds if seeds is not None else [raw.get("seed", 0)]:
             one = copy.deepcopy(raw)
             for key, value in {**arm.get("set", {}), **(overrides or {})}.items():
@@ -125,3 +122,40 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Plan:
     if len(set(names)) != len(names):
         raise UserError(f"{place}: [[arm]]", "two arms have the same name")
     return Plan(path, tuple(runs), tuple(names))
+
+
+def check_name(value: Any, place: str) -> None:
+    """Whether ``value`` can name a folder and be shown in a terminal.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not isinstance(value, str):
+        raise UserError(place, f"expected a string, got {value!r}")
+    way_out = "use letters, digits, - and _"
+    if not value or value.startswith(".") or not value.isprintable() or any(c in value for c in "/\\"):
+        raise UserError(place, f"{value!r} cannot name a folder", way_out)
+    if len(value.encode()) > NAME_BYTES:
+        raise UserError(place, f"{len(value.encode())} bytes are too long for a folder's name", f"at most {NAME_BYTES}")
+
+
+NAME_BYTES = 100
+"""A run folder's name is this and nine more; file systems stop at 255."""
+
+
+def _arms(arms: Any, place: str) -> list[dict[str, Any]]:
+    """The ``[[arm]]`` tables, each with its name where there are several, and nothing but ``name`` and ``set``."""
+    if not isinstance(arms, list) or not arms or not all(isinstance(arm, dict) for arm in arms):
+        raise UserError(f"{place}: arm", f"expected tables, got {arms!r}", "write [[arm]], once for each arm")
+    for i, arm in enumerate(arms, 1):
+        if set(arm) - {"name", "set"} or (len(arms) > 1 and "name" not in arm):
+            raise UserError(f"{place}: [[arm]] number {i}", "needs `name`, and optionally `set`, and nothing else")
+        if not isinstance(arm.get("set", {}), dict):
+            raise UserError(
+                f"{place}: [[arm]] number {i}: set",
+                f"expected a table, got {arm['set']!r}",
+                'write { "data.alpha" = 0.1 }',
+            )
+        if "name" in arm:
+            check_name(arm["name"], f"{place}: [[arm]] number {i}: name")
+    return arms

@@ -27,7 +27,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: missing, not a file, not UTF-8, or not TOML (with the line).
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a mark
     except FileNotFoundError as e:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         raise UserError(
