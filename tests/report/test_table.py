@@ -117,6 +117,13 @@ def test_a_readme_without_marks_is_one_line(tmp_path: Path) -> None:
     assert "no such results file" in script(tmp_path).stderr
 
 
+def test_the_table_of_the_controls_is_that_of_its_results() -> None:
+    """docs/alignment.md is filled by scripts/readme_table.py from results/alignment.jsonl."""
+    root = SCRIPT.parents[1]
+    words = ["--check", "--readme", str(root / "docs/alignment.md"), "--results", str(root / "results/alignment.jsonl")]
+    assert subprocess.run([sys.executable, str(SCRIPT), *words], check=False).returncode == 0
+
+
 def test_every_table_says_on_what_images_stage_3_worked() -> None:
     """Size, source, in-domain or not, the control; a record that says no domain is known by its source's name, or not at all."""
 
