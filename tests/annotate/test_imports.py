@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tarfile
@@ -9,8 +10,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from tests.annotate.corpora import HOSTILE, corpus, png, record
 
 from mllm_fl.annotate import review
@@ -259,3 +262,94 @@ def test_real_parquet_of_three_kinds(data_root: Path, tmp_path: Path) -> None:
         found = import_corpus(str(data_root / name), tmp_path / name, limit=4)
         assert found.coverage["ok"] == 4
         assert len(rows(tmp_path / name / "truth.jsonl")[0]["truth"][kind]) >= what
+
+
+ODD = "a dog\u2028on\u2029the\u0085beach ."
+
+
+def test_characters_that_end_lines_elsewhere_end_none_here(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / f"{ODD[:10]}.png").write_bytes(png(1))
+    (tmp_path / "in" / f"{ODD[:10]}.txt").write_text(ODD)
+    for _ in range(2):  # the second reads what the first wrote
+        found = import_corpus(str(tmp_path / "in"), tmp_path / "out", captions=True)
+        assert found.records == 1
+    c = Corpus.open(tmp_path / "out")
+    assert c.records[0].answers == (ODD,)
+    check(tmp_path / "out", QualityConfig(min_side=64))
+    assert "size" in str(check(tmp_path / "out", QualityConfig(min_side=64)).records.failed["picture"])
+    r = review.Review(tmp_path / "out", c.records, 1)
+    r.decide(c.records[0].id, "relabel", [ODD + ODD])
+    assert review.read(tmp_path / "out")[c.records[0].id].answers == (ODD + ODD,)
+    export(c, tmp_path / "jsonl", "jsonl")
+    assert import_corpus(str(tmp_path / "jsonl/records.jsonl"), tmp_path / "back").records == 1
+    (tmp_path / "a.tsv").write_text(f"{ODD}\thttp://127.0.0.1:9/1.jpg\r\n")
+    assert import_corpus(f"urls:{tmp_path / 'a.tsv'}", tmp_path / "urls").coverage["dead"] == 1
+
+
+def test_half_characters_and_names_that_are_no_utf8(tmp_path: Path) -> None:
+    source = chat(tmp_path / "in", [entry("1", "a.png", "half a smile \ud83d"), entry("2", "a.png")])
+    (tmp_path / "in" / "a.png").write_bytes(png(1))
+    found = import_corpus(str(source), tmp_path / "out")
+    assert found.records == 1 and found.left_out == {
+        "holds half a character (a lone surrogate); write the text as UTF-8": 1
+    }
+    assert rows(tmp_path / "out" / LEFT_OUT)[0]["record"]["conversations"][1]["value"].endswith(
+        "\ud83d"
+    )  # kept as it came
+    folder = tmp_path / "names"
+    folder.mkdir()
+    name = os.fsdecode(b"caf\xe9")
+    (folder / f"{name}.png").write_bytes(png(2))
+    (folder / f"{name}.json").write_text('{"caption": "half \\ud83d", "url": "http://x/\\ud83d"}')
+    found = import_corpus(str(folder), tmp_path / "out2", captions=True)
+    assert found.records == 1 and (tmp_path / "out2/images/caf_dce9.png").exists()
+    assert Corpus.open(tmp_path / "out2").records[0].answers == ("half \ufffd",)
+
+
+def test_unlabelled_rows_and_odd_cells_are_no_truth(tmp_path: Path) -> None:
+    names = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    cells = [{"bytes": png(n), "path": f"{n}.png"} for n in range(4)]
+    table = pa.table(
+        {
+            "image": cells,
+            "label": [1, -1, 7, 0],
+            "qa": [None, [{"question": "what?"}], [], [{"question": "is it a circle?", "answer": "yes"}]],
+        }
+    )
+    (tmp_path / "in").mkdir()
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(names)}), tmp_path / "in/test.parquet")
+    import_corpus(str(tmp_path / "in"), tmp_path / "out")
+    known = {r["path"]: r["truth"].get("labels") for r in rows(tmp_path / "out/truth.jsonl")}
+    assert known == {"images/test/0000000.png": ["dog"], "images/test/0000003.png": ["cat"]}
+    (tmp_path / "words").mkdir()
+    pq.write_table(pa.table({"image": ["a.png", "b.png"]}), tmp_path / "words/t.parquet")
+    assert import_corpus(str(tmp_path / "words"), tmp_path / "out2").coverage["dead"] == 2
+
+
+def test_a_damaged_member_of_a_zip_is_one_corrupt_picture(tmp_path: Path) -> None:
+    source = chat(tmp_path / "in", [entry("1", "a.bmp"), entry("2", "b.png")])
+    out = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(out, "BMP")
+    with zipfile.ZipFile(tmp_path / "i.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("a.bmp", out.getvalue())
+        z.writestr("b.png", png(1))
+    whole = bytearray((tmp_path / "i.zip").read_bytes())
+    start = 30 + len("a.bmp")
+    whole[start : start + 4] = b"\xff\xff\xff\xff"  # no deflate stream begins so
+    (tmp_path / "i.zip").write_bytes(whole)
+    found = import_corpus(str(source), tmp_path / "out", images=tmp_path / "i.zip")
+    assert (found.coverage["corrupt"], found.coverage["ok"], found.records) == (1, 1, 1)
+
+
+def test_a_full_disk_is_not_told_as_a_broken_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = chat(tmp_path / "in", [entry("1", "a.png")])
+    with zipfile.ZipFile(tmp_path / "i.zip", "w") as z:
+        z.writestr("a.png", png(1))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mllm_fl.annotate.imports.acquiring.acquire", full)
+    with pytest.raises(OSError, match="No space left"):
+        import_corpus(str(source), tmp_path / "out", images=tmp_path / "i.zip")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -134,7 +136,7 @@ def _keep(w: Wanted, content: bytes, found: Acquired, folder: Path, first_of: di
 
 
 def _line(a: Acquired) -> str:
-    return json.dumps({k: v for k, v in asdict(a).items() if v is not None and v != ""}, ensure_ascii=False) + "\n"
+    return json.dumps({k: v for k, v in asdict(a).items() if v is not None and v != ""}) + "\n"
 
 
 class _Journal:
@@ -181,7 +183,7 @@ def read(folder: Path) -> dict[str, Acquired]:
         text = path.read_bytes()
         if not text.endswith(b"\n"):  # the end of a killed process
             text = text[: text.rfind(b"\n") + 1]
-        found = [Acquired(**json.loads(line)) for line in text.decode().splitlines()]
+        found = [Acquired(**json.loads(line)) for line in text.decode().split("\n") if line]
     except (OSError, ValueError, TypeError) as e:
         raise UserError(
             path, f"cannot be read ({e})", "restore it, or delete it to look at every picture again"
@@ -226,7 +228,15 @@ def of_zip(archive: zipfile.ZipFile, name: str | None) -> Callable[[], bytes]:
         try:
             with archive.open(name) as f:
                 return f.read(LARGEST + 1)
-        except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, NotImplementedError) as e:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            lzma.LZMAError,
+            OSError,
+            RuntimeError,
+            EOFError,
+            NotImplementedError,
+        ) as e:
             raise Refused("corrupt", str(e).partition("\n")[0] or "damaged in the archive") from None
 
     return fetch
@@ -272,11 +282,11 @@ def listed(path: Path) -> Iterator[dict[str, str]]:
             yield {k: str(v) for k, v in row.items() if v is not None}
         return
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(path, f"cannot be read ({e})", "give a .jsonl or .tsv file") from None
     for n, line in enumerate(lines, 1):
-        caption, tab, url = line.rpartition("\t")
+        caption, tab, url = line.rstrip("\r").rpartition("\t")
         if not url.startswith(("http://", "https://")):
             raise UserError(f"{path}: line {n}", "ends in no http(s) address", "write caption TAB url, or a url")
         yield {"url": url, **({"caption": caption} if tab else {})}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,21 @@ def _safe(i: int, item: Item, source: str) -> Item:
     if item.name is None:
         return item
     check_path(item.name, f"{source}: record {i + 1}")
-    return replace(item, name=f"images/{item.name}")
+    return replace(item, name=f"images/{_whole(item.name, lambda c: f'_{ord(c):x}')}", truth=_cleaned(item.truth))
+
+
+def _whole(text: str, instead: Callable[[str], str] = lambda _: "\ufffd") -> str:
+    """The text without lone surrogates: what a file's name that is no UTF-8 and half an escaped character become in Python."""
+    return "".join(instead(c) if "\ud800" <= c <= "\udfff" else c for c in text)
+
+
+def _cleaned(value: Any) -> Any:
+    """A JSON value whose texts can be written as UTF-8."""
+    if isinstance(value, dict):
+        return {k: _cleaned(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(v) for v in value]
+    return _whole(value) if isinstance(value, str) else value
 
 
 def _distinct(items: Iterable[Item]) -> Iterator[Item]:
@@ -121,7 +135,7 @@ def _finish(
         lines = (json.dumps({"image": p, "path": p, "truth": t}, ensure_ascii=False) + "\n" for p, t in truths.items())
         write_whole(folder / truth.FILE, "".join(lines).encode())
     reasons = dict(Counter(_short(row["why"]) for row in left))
-    write_whole(folder / LEFT_OUT, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in left).encode())
+    write_whole(folder / LEFT_OUT, "".join(json.dumps(row) + "\n" for row in left).encode())
     cover = coverage(got.values())
     kinds = {k: {"ok": n} for k, n in Counter(r.kind or "record" for r in records).items()}
     update_card(

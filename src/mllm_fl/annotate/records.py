@@ -78,6 +78,11 @@ def parse(raw: Any, place: str) -> Record:
 
 def validate(record: Record, place: str) -> None:
     """Refuse a record that cannot be trained on; see :func:`parse`."""
+    for text in (record.id, record.image, record.kind, *(t.text for t in record.turns)):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(place, "holds half a character (a lone surrogate)", "write the text as UTF-8") from None
     check_path(record.image, place)
     speakers = [t.speaker for t in record.turns]
     if len(speakers) < 2 or len(speakers) % 2 or speakers != ["human", "gpt"] * (len(speakers) // 2):

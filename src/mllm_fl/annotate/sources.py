@@ -134,12 +134,13 @@ def _archive(images: Path) -> Iterator[Finder]:
     """How a LLaVA file's pictures are found, in a folder (or its ``images``) or in a zip, wherever in there."""
     if images.is_file():
         try:
-            with zipfile.ZipFile(images) as archive:
-                names = {n: n for n in archive.namelist() if not n.endswith("/")}
-                names |= {PurePosixPath(n).name: n for n in reversed(list(names)) if PurePosixPath(n).name not in names}
-                yield lambda name: of_zip(archive, names.get(name) or names.get(PurePosixPath(name).name))
+            archive = zipfile.ZipFile(images)
         except (zipfile.BadZipFile, OSError) as e:
             raise UserError(images, f"cannot be read as a zip file ({e})", "download it again") from None
+        with archive:
+            names = {n: n for n in archive.namelist() if not n.endswith("/")}
+            names |= {PurePosixPath(n).name: n for n in reversed(list(names)) if PurePosixPath(n).name not in names}
+            yield lambda name: of_zip(archive, names.get(name) or names.get(PurePosixPath(name).name))
         return
     if not images.is_dir():
         raise UserError(images, "is no folder and no zip file of pictures", "give --images PATH")
@@ -241,24 +242,35 @@ def _of_table(table: Any, split: str) -> Iterator[Item]:
     labels = {c: class_names(table.schema.metadata, c) for c in LABEL_COLUMNS if c in columns}
     for n, row in enumerate(r for batch in table.to_batches(64) for r in batch.to_pylist()):
         cell = row[image] if isinstance(row[image], dict) else {"bytes": row[image]}
-        content, stored = cell.get("bytes"), cell.get("path") or ""
+        content, stored = cell.get("bytes"), str(cell.get("path") or "")
+        content = content if isinstance(content, bytes) else None
         suffix = PurePosixPath(stored).suffix.lower()
         name = f"{split}/{n:07d}{suffix if suffix in EXTENSIONS else ''}"
-        fetch = _giving(bytes(content)) if content else _refusing("dead", "the row holds no picture")
+        fetch = _giving(content) if content else _refusing("dead", "the row holds no picture")
         known: dict[str, Any] = {}
         captions = row.get("captions") or row.get("caption") or row.get("text")
         if captions:
             known["captions"] = [str(c) for c in ([captions] if isinstance(captions, str) else captions)]
-        if isinstance(row.get("qa"), list) and row["qa"]:
-            known |= _shape(row["qa"])
+        qa = row.get("qa")
+        pairs = [q for q in (qa if isinstance(qa, list) else []) if _is_pair(q)]
+        if pairs:
+            known |= _shape(pairs)
         for c, names in labels.items():
-            value = row[c]
-            if value is not None:
-                known.setdefault(
-                    "labels", [(names[value] if names and isinstance(value, int) else str(value)).replace("_", " ")]
-                )
+            if (label := _label(row[c], names)) is not None:
+                known.setdefault("labels", [label])
         raw = {k: row[k] for k in ("id", "kind", "conversations") if row.get(k)}
         yield Item(str(row.get("id") or f"{split}-{n:07d}"), name, fetch, (raw,) if "conversations" in raw else (), known, row.get("url"), row.get("licence") or row.get("license"))  # fmt: skip
+
+
+def _is_pair(q: Any) -> bool:
+    return isinstance(q, dict) and all(isinstance(q.get(k), str) for k in ("question", "answer"))
+
+
+def _label(value: Any, names: tuple[str, ...] | None) -> str | None:
+    """The class's name; None where there is none: -1, as unlabelled parts have it, or a number beyond the names."""
+    if names is not None and isinstance(value, int):
+        return names[value].replace("_", " ") if 0 <= value < len(names) else None
+    return None if value is None or value == -1 else str(value).replace("_", " ")
 
 
 def _shape(qa: list[dict[str, str]]) -> dict[str, Any]:

@@ -156,10 +156,12 @@ def rows(path: Path) -> list[dict[str, Any]]:
     """
     out: list[dict[str, Any]] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # no other character ends a line of JSON
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(path, f"cannot be read ({e})", "restore it") from None
     for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError:

@@ -115,7 +115,7 @@ def read(folder: Path, images: Sequence[str], records: Sequence[str]) -> tuple[S
     sheets = {"images": Sheet("images", images), "records": Sheet("records", records)}
     totals: dict[str, int] = {}
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
             row = json.loads(line)
             if "check" in row:
                 sheets[row["of"]].begin(row["check"], row["why_not"] if row["blind"] else None)

@@ -85,9 +85,11 @@ function edit() {
   if (editing) return;
   editing = true;
   const areas = [];
+  const record = data.sample[at], made = data.decisions[record.id];
+  const answers = made?.decision === "relabel" ? made.answers : record.turns.filter((t) => t.speaker !== "human").map((t) => t.text);
   for (const said of $("turns").querySelectorAll("dd")) {
     const area = document.createElement("textarea");
-    area.value = said.textContent;
+    area.value = answers[areas.length];
     area.dir = "auto";
     area.setAttribute("aria-label", `answer ${areas.length + 1}`);
     said.replaceChildren(area);
