@@ -66,3 +66,21 @@ def test_differences_and_environment() -> None:
     assert differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
     env = environment()
     assert env["torch"] and env["processor"] and env["deterministic"].startswith("yes")
+
+
+def test_a_run_that_is_refused_before_it_began_is_not_left_behind_as_interrupted(tmp_path: Path) -> None:
+    with pytest.raises(UserError), RunFolder(tmp_path / "a", {"x": 1}):
+        raise UserError("align.per_class", "too many")
+    assert not (tmp_path / "a" / "config.toml").exists()
+    with RunFolder(tmp_path / "b", {"x": 1}) as run:
+        run.write_json("env.json", {})
+    with pytest.raises(UserError), RunFolder(tmp_path / "d", {"x": 1}):  # noqa: PT012
+        (tmp_path / "d" / "rounds.jsonl").write_text("{}\n")
+        raise UserError("round 1", "something")
+    assert (tmp_path / "d" / "config.toml").exists()
+    assert (tmp_path / "b" / "config.toml").exists()
+    with pytest.raises(UserError), RunFolder(tmp_path / "b", {"x": 1}):
+        raise UserError("resumed", "refused")
+    with pytest.raises(KeyboardInterrupt), RunFolder(tmp_path / "c", {"x": 1}):
+        raise KeyboardInterrupt
+    assert (tmp_path / "b" / "config.toml").exists() and (tmp_path / "c" / "config.toml").exists()

@@ -11,6 +11,8 @@ from mllm_fl.atomic import write_atomic
 from mllm_fl.errors import UserError
 from mllm_fl.runs import read_json, read_rows
 
+WAY_OUT = "delete that line, and collect its run again"
+
 
 def collect(folders: Sequence[Path], out: Path) -> int:
     """Add the finished runs among ``folders`` to ``out``, a line per run; returns how many lines it holds then.
@@ -23,7 +25,7 @@ def collect(folders: Sequence[Path], out: Path) -> int:
     finals = [read_json(f / "final.json") for f in folders if (f / "final.json").exists()]
     if not finals:
         raise UserError(out, "none of the folders holds a finished run (final.json)")
-    lines = {(r["name"], r["config_hash"]): r for r in read_rows(out)}
+    lines = {(r["name"], r["config_hash"]): r for r in read_rows(out, WAY_OUT)}
     lines |= {(r["name"], r["config_hash"]): r for r in finals}
     rows = sorted(lines.values(), key=lambda r: (r["experiment"], r["arm"], r["seed"]))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -39,4 +41,4 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         raise UserError(path, "no such results file")
-    return read_rows(path)
+    return read_rows(path, WAY_OUT)

@@ -70,7 +70,8 @@ class RunFolder:
             for leftover in path.glob(".*.tmp-*"):  # of a killed process; the lock says that nobody writes here now
                 leftover.unlink()
             config = path / "config.toml"
-            if config.exists():
+            self._fresh = not config.exists()
+            if not self._fresh:
                 diff = differences(read_toml(config), json.loads(json.dumps(resolved)))
                 if diff:
                     raise UserError(
@@ -85,7 +86,10 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        refused = self._fresh and kind is not None and issubclass(kind, UserError)
+        if refused and {p.name for p in self.path.iterdir()} == {"config.toml", ".lock"}:
+            (self.path / "config.toml").unlink()  # before it began: nothing is interrupted here
         self.close()
 
     def close(self) -> None:
@@ -151,8 +155,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(path, f"cannot be read as JSON: {e}") from e
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a missing file has none.
+def read_rows(path: Path, way_out: str = "delete the run folder, or restore the file") -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a missing file has none. ``way_out``: what to do about a broken line.
 
     Raises:
         UserError: a broken line, with its number.
@@ -171,7 +175,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError as e:
-            raise UserError(f"{path}:{number}", "broken line", "delete the run folder, or restore the file") from e
+            raise UserError(f"{path}:{number}", "broken line", way_out) from e
     return rows
 
 

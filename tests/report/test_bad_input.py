@@ -52,6 +52,37 @@ def test_a_broken_line_in_a_results_file_is_named_with_its_number(tmp_path: Path
     collect([run_folder(tmp_path)], results)
     with open(results, "a") as f:
         f.write(json.dumps({"arm": "x"}) + '\n{"arm": "half\n')
-    with pytest.raises(UserError, match=r"r\.jsonl:3") as found:
+    with pytest.raises(
+        UserError, match=r"r\.jsonl:3: broken line; delete that line, and collect its run again"
+    ) as found:
         read(results)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1, 2]",
+        "null",
+        "{}",
+        '{"arm": "x"}',
+        '{"arm": "x", "last": {"accuracy": "hi"}}',
+        '{"arm": "x", "last": {"accuracy": NaN}}',
+    ],
+)
+def test_a_line_that_is_no_finished_run_is_named_by_table_and_figure(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mllm_fl.cli import main
+
+    results = tmp_path / "r.jsonl"
+    collect([run_folder(tmp_path)], results)
+    with open(results, "a") as f:
+        f.write(line + "\n")
+    for words in (["table", "2", str(results)], ["figure", "3", str(results), "--out", str(tmp_path / "f.html")]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert "r.jsonl:2: is no finished run" in said and said.count("\n") == 1
+    (tmp_path / "empty.jsonl").write_text("")
+    assert main(["table", "2", str(tmp_path / "empty.jsonl")]) == 2
+    assert "empty.jsonl: holds no run" in capsys.readouterr().err

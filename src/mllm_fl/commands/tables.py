@@ -43,10 +43,21 @@ def figure(args: argparse.Namespace) -> int:
 
 def _finals(given: list[Path]) -> list[dict[str, Any]]:
     """The lines of the results files that are finished runs; benchmarks' lines are none."""
-    from mllm_fl.results import read
+    from mllm_fl.report.table import number
+    from mllm_fl.results import WAY_OUT, read
 
     paths = given or sorted(Path("results").glob("*.jsonl"))
     if not paths:
         raise UserError("results", "no results file here", "name one, or run `mllm-fl collect RUNS --out FILE`")
-    found = [row for path in paths for row in read(path)]
-    return [row for row in found if isinstance(row, dict) and "arm" in row and isinstance(row.get("last"), dict)]
+    found = []
+    for path in paths:
+        rows = list(enumerate(read(path), 1))
+        if given and not rows:
+            raise UserError(path, "holds no run", "name a file that `mllm-fl collect` wrote")
+        for n, row in rows:
+            named = isinstance(row, dict) and "arm" in row
+            if named and number(row, "last", "accuracy") is not None:
+                found.append(row)
+            elif given or named or not isinstance(row, dict):  # a benchmark's line among results/*.jsonl is no run
+                raise UserError(f"{path}:{n}", "is no finished run (arm, and last.accuracy as a number)", WAY_OUT)
+    return found

@@ -177,7 +177,9 @@ def balanced(images: ImageSet, per_class: int, generator: torch.Generator) -> Im
             raise UserError(
                 "align.per_class",
                 f"class {name!r} has {len(mine)} images in {images.name}, {per_class} asked for",
-                "ask for fewer",
+                f"set align.per_class to {min(images.class_counts())} or fewer"
+                if min(images.class_counts())
+                else "add some",
             )
         chosen += mine[torch.randperm(len(mine), generator=generator)[:per_class]].tolist()
     return images.subset(chosen, f"{images.name}, {per_class} a class")
