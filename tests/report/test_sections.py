@@ -242,4 +242,6 @@ def test_images_that_were_dealt_to_the_clients_are_no_alignment(tmp_path: Path) 
     folders = [run_folder(tmp_path, "dealt", align=dealt), run_folder(tmp_path, "aligned", stages=(False, True))]
     text = build(folders, tmp_path / "r.html").read_text(encoding="utf-8")
     did = text.split("What the alignment of the last round did")[2].split("</table>")[0]
-    assert "aligned" in did and "dealt" not in did and "30 images of glyphs (not in-domain), dealt to the clients" in text
+    assert (
+        "aligned" in did and "dealt" not in did and "30 images of glyphs (not in-domain), dealt to the clients" in text
+    )

@@ -55,9 +55,9 @@ def _finals(given: list[Path]) -> list[dict[str, Any]]:
         if given and not rows:
             raise UserError(path, "holds no run", "name a file that `mllm-fl collect` wrote")
         for n, row in rows:
-            named = isinstance(row, dict) and "arm" in row
-            if named and number(row, "last", "accuracy") is not None:
+            run = isinstance(row, dict) and "arm" in row and "last" in row
+            if run and number(row, "last", "accuracy") is not None:
                 found.append(row)
-            elif given or named or not isinstance(row, dict):  # a benchmark's line among results/*.jsonl is no run
+            elif given or run or not isinstance(row, dict):  # benchmarks and curves among results/*.jsonl are no runs
                 raise UserError(f"{path}:{n}", "is no finished run (arm, and last.accuracy as a number)", WAY_OUT)
     return found
