@@ -78,7 +78,8 @@ def _safe(i: int, item: Item, source: str) -> Item:
     if item.name is None:
         return item
     check_path(item.name, f"{source}: record {i + 1}")
-    return replace(item, name=f"images/{_whole(item.name, lambda c: f'_{ord(c):x}')}", truth=_cleaned(item.truth))
+    name, key = (_whole(t, lambda c: f"_{ord(c):x}") for t in (item.name, item.key))
+    return replace(item, name=f"images/{name}", key=key, truth=_cleaned(item.truth))
 
 
 def _whole(text: str, instead: Callable[[str], str] = lambda _: "\ufffd") -> str:
