@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_fl.algorithms import METHODS, find
 from mllm_fl.algorithms.base import Algorithm, Server, Shard, Task, Update
+from mllm_fl.atomic import write_atomic
 from mllm_fl.conformance.toy import painted
-from mllm_fl.engines.checkpoint import write_atomic
 from mllm_fl.engines.local import LocalConfig, train_client
 from mllm_fl.models.network import ModelConfig, build_network
 from mllm_fl.runs import environment

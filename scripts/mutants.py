@@ -142,7 +142,7 @@ def serve(unit: Unit, todo: list[Mutant], out: int) -> None:
         rows = {t.partition("::")[2] for t in unit.tests if "::" in t}
 
         class Loop:
-            """In place of pytest's own loop over the tests: that loop once without a mutant, and once for each."""
+            """In place of pytest's own loop over the tests: that loop once for each mutant; a test that kills is tried without one too."""
 
             def pytest_collection_modifyitems(self, items: list[Any]) -> None:
                 items[:] = [
@@ -151,13 +151,17 @@ def serve(unit: Unit, todo: list[Mutant], out: int) -> None:
                 ]  # fmt: skip
 
             def pytest_runtestloop(self, session: Any) -> bool:
-                sound = tried(session.items, None) if not session.testsfailed else "collection"
-                if sound:  # a kill would mean nothing
-                    os.write(out, json.dumps({"unit": unit.name, "unsound": sound}).encode() + b"\n")
-                    return True
+                unsound, sound = "collection" if session.testsfailed else "", {""}
                 for m in todo:
                     start = time.perf_counter()
-                    first = tried(session.items, m)
+                    first = "" if unsound else tried(session.items, m)
+                    if first not in sound:  # a test that fails without the mutant too kills nothing
+                        alone = [i for i in session.items if i.nodeid == first]
+                        unsound = tried(alone, None) if alone else ""
+                        sound |= {first} if alone else set()
+                    if unsound:
+                        os.write(out, json.dumps({"unit": unit.name, "unsound": unsound}).encode() + b"\n")
+                        return True
                     row = {
                         "unit": unit.name, "module": m.module, "function": m.function, "mutant": m.what, "key": m.key,
                         "status": "killed" if first else "survived", "by": first, "seconds": round(time.perf_counter() - start, 1),
@@ -333,6 +337,9 @@ def main() -> int:
     p.add_argument("--jobs", type=int, default=1, help="processes, one core each (default 1)")
     p.add_argument("--fresh", action="store_true", help="run killed mutants again too")
     p.add_argument("--untried", action="store_true", help="only mutants without a row; survivors are left as they are")
+    p.add_argument(
+        "--quick", action="store_true", help="without the suite's rows; run again without it for what survives"
+    )
     p.add_argument("--list", action="store_true", help="say what would be run, and run nothing")
     p.add_argument("--results", type=Path, default=RESULTS, help="where rows are kept (default results/mutants.jsonl)")
     p.add_argument(
@@ -340,6 +347,8 @@ def main() -> int:
     )
     args = p.parse_args()
     every, known, recorded = units(), equivalents(), rows_of(args.results)
+    if args.quick:
+        every = [u._replace(tests=tuple(t for t in u.tests if "::" not in t)) for u in every]
     if unknown := set(args.method or ()) - {u.name for u in every}:
         p.error(f"no method {sorted(unknown)[0]!r}")
     alive: dict[str, tuple[Unit, Mutant]] = {}

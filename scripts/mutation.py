@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from types import CellType, CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -176,7 +177,7 @@ def put(owner: Any, m: Mutant) -> None:
     holder, _, name = m.function.rpartition(".")
     place = getattr(owner, holder) if holder else owner
     held = vars(place)[name]
-    function: FunctionType = held.__func__ if isinstance(held, staticmethod | classmethod) else held
+    function: Any = inspect.unwrap(held.__func__ if isinstance(held, staticmethod | classmethod) else held)
     (code,) = found
     if code.co_freevars == function.__code__.co_freevars:
         function.__code__ = code

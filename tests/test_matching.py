@@ -296,3 +296,10 @@ def test_mean_gradients_are_unweighted_over_those_that_answered() -> None:
     assert weights[:, 0, 0].tolist() == [1.0, 4.0] and biases[:, 0].tolist() == [-1.0, -4.0]
     assert weights.shape == (2, 3, 2) and biases.dtype == torch.float32
     assert mean_gradients({}, 3) is None
+
+
+def test_a_fresh_head_owns_its_memory() -> None:
+    """Weight and bias are drawn together and kept apart: no leaf of the server's state is a view of another."""
+    weight, bias = fresh_head(torch.zeros(3, 5), stream(0, "x"))
+    assert weight.is_contiguous() and bias.is_contiguous()
+    assert (weight.untyped_storage().nbytes(), bias.untyped_storage().nbytes()) == (3 * 5 * 4, 3 * 4)

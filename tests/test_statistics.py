@@ -63,3 +63,45 @@ def test_effective_numbers_by_hand() -> None:
     three = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
     e = effective_numbers(three, torch.zeros(3, dtype=torch.int64), 1, [torch.arange(3)])
     assert e.item() == pytest.approx(9.0)  # unit vectors 1, -1, -1: mean -1/3
+
+
+def test_moments_are_taken_in_float64() -> None:
+    """10000 and 10000.001 in float32 are two numbers; their variance is lost unless they are widened first."""
+    x = torch.tensor([[10000.0], [10000.0009765625]])  # one unit in the last place apart
+    _, mean, covariance = moments(x)
+    assert mean.dtype == covariance.dtype == torch.float64
+    assert float(covariance) == pytest.approx(0.0009765625**2 / 2, rel=1e-6)
+    n, nothing, zero = moments(torch.zeros(0, 2))
+    assert (n, nothing.dtype, nothing.tolist(), zero.tolist()) == (
+        0,
+        torch.float64,
+        [0.0, 0.0],
+        [[0.0, 0.0], [0.0, 0.0]],
+    )
+
+
+def test_pooling_loses_no_digits_far_from_zero_and_widens_float32() -> None:
+    """Values about 1e8: written with means' products instead of centred ones, the variance of 1 would be off by tens of per cent."""
+    x = torch.randn(40, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e8 / 3
+    _, _, covariance = pooled_moments([moments(x[:13]), moments(x[13:])])
+    assert float(covariance) == pytest.approx(float(torch.var(x)), rel=1e-6)
+    a, b, c = (float(torch.tensor(v)) for v in (0.1, 0.3, 0.7))  # as float32 has them
+    parts = [(4, torch.tensor([a]), torch.tensor([[c]])), (1, torch.tensor([b]), torch.tensor([[0.0]]))]
+    total, mean, spread = pooled_moments(parts)
+    assert mean.dtype == spread.dtype == torch.float64
+    middle = (4 * a + b) / 5
+    assert total == 5
+    assert float(mean) == pytest.approx(middle, rel=1e-14)
+    assert float(spread) == pytest.approx((3 * c + 4 * (a - middle) ** 2 + (b - middle) ** 2) / 4, rel=1e-14)
+
+
+def test_two_images_of_two_clients() -> None:
+    """0 and 2: mean 1, variance (1 + 1) / (2 - 1) = 2."""
+    parts = [moments(torch.tensor([[0.0]])), moments(torch.tensor([[2.0]]))]
+    assert [float(v) for v in pooled_moments(parts)] == [2.0, 1.0, 2.0]
+
+
+def test_ratio_sums_small_differences_in_float64() -> None:
+    """Class 1 moves 1e8, 1 and -1e8: their sum is 1, in float32 it would be 0 and the ratio the value of an empty one, 10."""
+    changes = torch.tensor([[2e8, 3.0, 2e8], [1e8, 1.0, -1e8]])
+    assert float(ratio_weights(changes, 0.0, 1.0)[0]) == 5000.0

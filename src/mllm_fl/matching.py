@@ -212,7 +212,7 @@ def class_gradients(
 
 def gradient_form(weight: Tensor, bias: Tensor) -> dict[str, Tree]:
     """What :func:`class_gradients` answers under a head: for each class, both leaves or none. {class: leaves}, without values."""
-    leaves = {"weight": weight.detach().to("meta"), "bias": bias.detach().to("meta")}
+    leaves = {"weight": weight.to("meta"), "bias": bias.to("meta")}
     return {f"{c}": {f"grad/{c}/{leaf}": v for leaf, v in leaves.items()} for c in range(len(bias))}
 
 

@@ -64,6 +64,8 @@ def test_without_its_two_terms_it_is_creff_bit_for_bit(dsa: bool) -> None:
 
 def test_without_retraining_either_it_is_fedavg_bit_for_bit() -> None:
     mine, theirs = play(CLIP2FL(**CLIP2FL.neutral)), play(FedAvg())
+    task = given()[0]
+    assert CLIP2FL(retrain=False).upload_form(task) == {} and len(CLIP2FL().upload_form(task)) == 3
     assert digest(mine.w) == digest(theirs.w) and digest(mine.extra) == digest(theirs.extra)
 
 

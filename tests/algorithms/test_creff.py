@@ -136,6 +136,14 @@ def test_the_mean_of_gradients_does_not_weigh_clients() -> None:
     assert torch.equal(sent((1.0, 1.0)), sent((1.0, 1000.0)))
 
 
+def test_if_nobody_answers_for_any_class_the_features_stay_and_the_head_is_new() -> None:
+    task, w = toy.task(toy.federation())
+    state = FEW.init(task, w)
+    after = FEW.server(task, state, iter([Update(0, w, 1.0, {}, {})]))
+    assert torch.equal(after.extra["features"], state.extra["features"])
+    assert not torch.equal(after.extra["head/weight"], state.extra["head/weight"])
+
+
 def test_bytes_are_those_that_are_counted() -> None:
     for classes in ((0, 1, 2), (1,)):
         task, state, updates = a_round(FEW, [client(classes)])
@@ -148,6 +156,7 @@ def test_without_retraining_it_is_fedavg_and_sends_nothing_more() -> None:
     task, state, updates = a_round(method, [client(), client((1,))], rounds=2)
     assert state.extra == {} and updates[0].extra == {} and method.broadcast(state).extra == {}
     assert method.upload_bytes(task, 3) == method.download_bytes(task) == 0
+    assert method.upload_form(task) == {} and len(FEW.upload_form(task)) == 3
     assert digest(method.deploy(task, state)) == digest(state.w)
 
 

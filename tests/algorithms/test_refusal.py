@@ -44,6 +44,7 @@ def test_forms_by_hand() -> None:
 
 def test_weights_and_weight() -> None:
     assert why_refused(FedAvg(), WORLD.task, sent({}), WORLD.w) is None
+    assert why_refused(FedAvg(), WORLD.task, sent({}, 0.5), WORLD.w) is None
     for weight in (0.0, -1.0, float("nan"), float("inf")):
         assert why_refused(FedAvg(), WORLD.task, sent({}, weight), WORLD.w) == f"weight {weight}"
     k = "classifier.bias"

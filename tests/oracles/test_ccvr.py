@@ -129,3 +129,12 @@ def test_without_samples_nobody_is_asked() -> None:
     msg = CCVR().broadcast(CCVR().init(world.task, world.w))
     assert CCVR(samples=0).survey(world.task, msg, world.shard(0, 1)) == {}
     assert len(CCVR(samples=1).survey(world.task, msg, world.shard(0, 1))) == 9
+
+
+def test_without_samples_nothing_is_asked() -> None:
+    """Neutral: no answer has a form; else count, mean and covariance of each class, all three or none."""
+    task = plain.world().task
+    assert CCVR(samples=0).survey_form(task) == {}
+    form = CCVR().survey_form(task)
+    assert sorted(form) == ["0", "1", "2"]
+    assert {k: tuple(v.shape) for k, v in form["1"].items()} == {"1/n": (1,), "1/mean": (3,), "1/cov": (3, 3)}

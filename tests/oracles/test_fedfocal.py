@@ -56,6 +56,7 @@ def test_gamma_0_is_cross_entropy_to_the_last_bit() -> None:
 
 
 def test_where_p_is_one_the_factor_is_kept_at_1e_12() -> None:
-    """1 - p = e^-40 = 4.2e-18 counts as 1e-12: the loss is sqrt(1e-12) e^-40."""
-    z = torch.tensor([[40.0, 0.0]]).double()
-    assert float(focal(z, torch.tensor([0]), 0.5)) == pytest.approx(1e-6 * np.exp(-40), rel=1e-3)
+    """1 - p = e^-40 = 4.2e-18 counts as 1e-12: the loss is -sqrt(1e-12) log p, whose slope towards the other class is 1e-6 e^-40."""
+    z = torch.tensor([[40.0, 0.0]]).double().requires_grad_()
+    (g,) = torch.autograd.grad(focal(z, torch.tensor([0]), 0.5), z)
+    assert float(g[0, 1]) / np.exp(-40) == pytest.approx(1e-6, rel=1e-3)

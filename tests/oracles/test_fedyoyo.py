@@ -94,7 +94,9 @@ def test_exploding_numbers_by_hand() -> None:
     assert tamed(torch.tensor([2e4, 1e6])).tolist() == [2e4, 1e6]  # nothing to go by
     old = torch.tensor([10.0, 10.0, 10.0, 1.0])
     got = smoothed(old, torch.tensor([20.0, 10020.0, 1e6, 1000.0]))
-    assert torch.allclose(got, torch.tensor([11.0, 10.0, 10.0, 100.9]))  # 1001 over 10 is too much, 99.9 over 1 is not
+    assert torch.allclose(got, torch.tensor([11.0, 10.0, 10.0, 100.9]))  # 1011 - 10 is too much, 100.9 - 1 is not
+    edge = smoothed(torch.tensor([10.0]), torch.tensor([10010.0]))
+    assert float(edge) == 1010.0  # exactly 100 times the old one more
 
 
 def test_a_class_of_exactly_two_does_not_take_the_prior() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,18 @@ def test_the_servers_variate_is_summed_in_float64() -> None:
         total = sum(e[k].double().numpy() for e in sent)
         expected = sent[1][k].double().numpy() + total / 3
         assert np.array_equal(v.numpy(), expected.astype(np.float32)), k
+
+
+def test_the_form_is_the_parameters() -> None:
+    """Names, shapes and dtypes, of a network in float64 too."""
+    world = plain.world()
+    task = replace(world.task, net=plain.Linear(3).double())
+    form = Scaffold().upload_form(task)[""]
+    assert {k: (tuple(v.shape), v.dtype) for k, v in form.items()} == {
+        "scale": ((3,), torch.float64),
+        "classifier.weight": ((3, 3), torch.float64),
+        "classifier.bias": ((3,), torch.float64),
+    }
 
 
 def test_local_momentum_is_refused() -> None:

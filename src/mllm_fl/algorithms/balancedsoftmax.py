@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mllm_fl.algorithms.base import Broadcast, Task, in_ranges
 from mllm_fl.algorithms.counts import SharesCounts
-from mllm_fl.losses import balanced_softmax, cross_entropy
+from mllm_fl.losses import balanced_softmax
 from mllm_fl.trees import Tree
 
 
@@ -35,7 +35,6 @@ class BalancedSoftmax(SharesCounts):
         in_ranges(self, power="[0, 10]")
 
     def objective(self, task: Task, w: Tree, msg: Broadcast, mine: Tree, x: Tensor, y: Tensor) -> Tensor:
-        logits = task.forward(w, x)[1]
-        if self.power == 0:  # 0^0 must not bring back the classes that nobody has
-            return cross_entropy(logits, y)
-        return balanced_softmax(logits, y, mine["counts"] ** self.power)
+        return balanced_softmax(
+            task.forward(w, x)[1], y, mine["counts"] ** self.power
+        )  # power 0: 0^0 = 1, all classes alike

@@ -43,9 +43,9 @@ def tamed(fresh: Tensor) -> Tensor:
 
 
 def smoothed(old: Tensor, fresh: Tensor) -> Tensor:
-    """0.9 old + 0.1 fresh (C,); a class whose number would change by more than 100 times the old one keeps it."""
+    """0.9 old + 0.1 fresh (C,); a class whose number would grow by more than 100 times the old one, which is positive, keeps it."""
     new = 0.9 * old + 0.1 * fresh
-    return torch.where((new - old).abs() > 100 * (old + 1e-8), old, new)
+    return torch.where(new > 101 * old, old, new)
 
 
 @dataclass(frozen=True)

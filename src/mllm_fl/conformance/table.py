@@ -166,7 +166,7 @@ def markdown(costs: Path | None = None) -> str:
         "|---|---|---|---|---|",
     ]
     page += [
-        f"| `{e.name}` | {e.uploads} | {_both(e.upload_bytes)} | {e.downloads} | {_both(e.download_bytes)} |"
+        f"| `{e.name}` | {_cell(e.uploads)} | {_both(e.upload_bytes)} | {_cell(e.downloads)} | {_both(e.download_bytes)} |"
         for e in lines
         if any((*e.upload_bytes, *e.download_bytes))
     ]
@@ -180,6 +180,10 @@ def markdown(costs: Path | None = None) -> str:
 def _cited(e: Entry) -> str:
     who = f"{e.authors.partition(',')[0]} et al." if "," in e.authors else e.authors
     return f"{e.title}: {who} {e.year}, {e.paper}, [arXiv:{e.arxiv}](https://arxiv.org/abs/{e.arxiv})"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _both(counts: Sequence[int]) -> str:
@@ -199,7 +203,8 @@ def _cost_table(costs: Path) -> list[str]:
         "## What it costs: Table 1 of the paper, measured",
         "",
         f"`python scripts/method_costs.py` on {first['processor']}, one thread, commit {first['commit']}, seed {first['seed']}: {first['setting']}."
-        f" Medians of {first['repeats']} interleaved rounds. Client: one client's local round, FLOP from `torch.utils.flop_counter`"
+        f" Seconds are the processor's, not the clock's, because the machine was shared; medians of {first['repeats']} interleaved rounds."
+        " Client: one client's local round, FLOP from `torch.utils.flop_counter`"
         " (forward and backward passes; element-wise work is not counted). Server: its step after a round, aggregation included.",
         "",
         "| name | bytes up beyond weights | client, s | over FedAvg, s | client, GFLOP | over FedAvg | server, s | server, GFLOP |",
