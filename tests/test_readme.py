@@ -74,3 +74,21 @@ def test_make_knows_every_target_that_the_documents_name() -> None:
     targets = {a or b for a, b in re.findall(r"`make ([a-z]+)|^\$ make ([a-z]+)", documents, re.MULTILINE)}
     assert {"quickstart", "test"} <= targets
     assert {t for t in targets if not re.search(rf"^{t}:", makefile, re.MULTILINE)} == set()
+
+
+NAMED = re.compile(r"\b(?:docs|scripts|benchmarks|experiments)/[\w./-]+\.(?:md|py|toml|svg)\b")
+
+
+def test_every_page_and_script_that_anything_names_is_there() -> None:
+    """A message that sends its reader to a page, a command in a document: what they name exists."""
+    places = [*ROOT.glob("*.md"), ROOT / "Makefile", *ROOT.glob("deploy/*.md"), *ROOT.glob("experiments/*.toml")]
+    for folder, kind in (("docs", "*.md"), ("src", "*.py"), ("scripts", "*.py"), ("benchmarks", "*.py")):
+        places += ROOT.joinpath(folder).rglob(kind)
+    missing = {
+        f"{place.relative_to(ROOT)} names {name}"
+        for place in places
+        if place.name not in ("LOG.md", "CHANGELOG.md")  # these tell of what was
+        for name in NAMED.findall(place.read_text(encoding="utf-8"))
+        if not (ROOT / name).exists()
+    }
+    assert missing == set()

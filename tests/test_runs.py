@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mllm_fl.errors import UserError
-from mllm_fl.runs import RunFolder, differences, environment, read_json, read_rows
+from mllm_fl.runs import RunFolder, differences, environment, read_final, read_json, read_rows
 
 
 def test_second_process_is_refused_while_the_first_works(tmp_path: Path) -> None:
@@ -84,3 +84,22 @@ def test_a_run_that_is_refused_before_it_began_is_not_left_behind_as_interrupted
     with pytest.raises(KeyboardInterrupt), RunFolder(tmp_path / "c", {"x": 1}):
         raise KeyboardInterrupt
     assert (tmp_path / "b" / "config.toml").exists() and (tmp_path / "c" / "config.toml").exists()
+
+
+def test_json_of_another_kind_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "env.json"
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"env.json: holds list where an object is expected"):
+        read_json(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"env.json: cannot be read as JSON"):
+        read_json(path)
+
+
+def test_an_empty_record_is_no_finished_run(tmp_path: Path) -> None:
+    path = tmp_path / "final.json"
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"final.json: is no finished run's record: it lacks 'name'"):
+        read_final(path)
+    with RunFolder(tmp_path, {}) as run, pytest.raises(UserError, match="is no finished run's record"):
+        run.final  # noqa: B018 (a property that reads)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mllm_fl.atomic import write_atomic
 from mllm_fl.errors import UserError
-from mllm_fl.runs import read_json, read_rows
+from mllm_fl.runs import read_final, read_rows
 
 WAY_OUT = "delete that line, and collect its run again"
 
@@ -22,7 +22,7 @@ def collect(folders: Sequence[Path], out: Path) -> int:
     Raises:
         UserError: none of the folders is a finished run.
     """
-    finals = [read_json(f / "final.json") for f in folders if (f / "final.json").exists()]
+    finals = [read_final(f / "final.json") for f in folders if (f / "final.json").exists()]
     if not finals:
         raise UserError(out, "none of the folders holds a finished run (final.json)")
     lines = {(r["name"], r["config_hash"]): r for r in read_rows(out, WAY_OUT)}

@@ -99,7 +99,7 @@ class RunFolder:
     @property
     def final(self) -> dict[str, Any] | None:
         """The finished run's result, or None while it is unfinished."""
-        return read_json(self.path / "final.json") if (self.path / "final.json").exists() else None
+        return read_final(self.path / "final.json") if (self.path / "final.json").exists() else None
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows as JSON lines and flush them to the disk."""
@@ -144,15 +144,32 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        UserError: missing or broken.
+        UserError: missing, broken, or JSON of another kind.
     """
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return value
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise UserError(path, "no such file") from e
-    except (ValueError, OSError) as e:
-        raise UserError(path, f"cannot be read as JSON: {e}") from e
+    except (ValueError, OSError, RecursionError) as e:
+        raise UserError(path, f"cannot be read as JSON: {e}", "restore the file, or delete its folder") from e
+    if not isinstance(value, dict):
+        raise UserError(path, f"holds {type(value).__name__} where an object is expected", "restore the file")
+    return value
+
+
+def read_final(path: Path) -> dict[str, Any]:
+    """What a finished run's final.json holds.
+
+    Raises:
+        UserError: missing, broken, or not what a finished run writes.
+    """
+    value = read_json(path)
+    missing = [k for k in ("name", "config_hash", "last") if k not in value]
+    if missing:
+        raise UserError(
+            path, f"is no finished run's record: it lacks {missing[0]!r}", "delete it: the run is finished again"
+        )
+    return value
 
 
 def read_rows(path: Path, way_out: str = "delete the run folder, or restore the file") -> list[dict[str, Any]]:

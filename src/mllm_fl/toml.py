@@ -33,7 +33,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(
             path, "no such file", f"did you mean {path.parent / near[0]}?" if near else "give the path of a TOML file"
         ) from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise UserError(path, f"not valid TOML: {e}") from e
     except OSError as e:
         raise UserError(path, f"cannot be read: {e.strerror}") from e

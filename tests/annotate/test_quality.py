@@ -121,6 +121,8 @@ def test_a_plug_in_looks_at_every_picture(planted: Path, monkeypatch: pytest.Mon
     )
     with pytest.raises(UserError, match="--inspect nsfw=nowhere:f: cannot be imported"):
         check(planted, QualityConfig(inspect=("nsfw=nowhere:f",)))
+    with pytest.raises(UserError, match=r"--inspect x: raised TypeError on images/\d.png: .*; mend the detector"):
+        check(planted, QualityConfig(inspect=("x=os:getcwd",)))
 
 
 def test_clip_scores_fall_by_percentile() -> None:

@@ -189,3 +189,9 @@ def test_the_server_writes_decisions_and_says_what_is_wrong(server: ReviewServer
 def test_a_port_that_is_taken_is_one_line(server: ReviewServer) -> None:
     with pytest.raises(UserError, match="choose another with --port"):
         ReviewServer(server.review, port=int(server.host.partition(":")[2]))
+
+
+@pytest.mark.parametrize("port", [-5, 99_999_999])
+def test_a_port_that_is_none_is_one_line(server: ReviewServer, port: int) -> None:
+    with pytest.raises(UserError, match=rf"--port: {port} is not in 0 to 65535"):
+        ReviewServer(server.review, port=port)

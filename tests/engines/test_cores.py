@@ -23,3 +23,9 @@ def test_no_more_cores_than_this_process_may_use(monkeypatch: pytest.MonkeyPatch
     if hasattr(os, "sched_getaffinity"):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
         assert cores.usable_cores() == 1
+
+
+def test_more_workers_than_cores_can_use_are_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "usable_cores", lambda: 2)
+    monkeypatch.delenv(cores.RUNS, raising=False)
+    assert [cores.workers_allowed(n) for n in (None, 1, 8, 9, 100_000)] == [2, 1, 8, 8, 8]

@@ -76,6 +76,14 @@ def test_four_workers_give_the_serial_engines_bytes_and_closing_leaves_none_behi
             os.kill(pid, 0)
 
 
+def test_too_many_workers_are_cut_and_an_event_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mllm_fl.engines.cores.usable_cores", lambda: 1)
+    world, (told, on_event) = toy.world(), listening()
+    engine = ParallelEngine(EngineConfig(workers=100_000), world.task, Remembers(), LOCAL, on_event=on_event)
+    assert engine.pool.workers == 4
+    assert told == [("fewer workers", {"asked": 100_000, "started": 4})]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_gives_the_serial_engines_bytes(name: str, pool: Pool) -> None:
     row = row_of(name)

@@ -186,6 +186,17 @@ def test_truncated_checkpoint_is_refused(run: RunFolder) -> None:
         federate(BASE, *_args(fed, 2), run)
 
 
+def test_a_damaged_record_in_a_whole_checkpoint_is_refused(run: RunFolder) -> None:
+    fed = toy.federation()
+    federate(BASE, *_args(fed, 2), run)
+    path = run.path / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    at = whole.index(b'"record":"{') + len(b'"record":"')
+    path.write_bytes(whole[:at] + b"[" + whole[at + 1 :])
+    with pytest.raises(UserError, match=r"checkpoint.safetensors: damaged checkpoint \(its record"):
+        federate(BASE, *_args(fed, 2), run)
+
+
 def test_flipped_bit_in_a_checkpoint_is_refused(run: RunFolder) -> None:
     fed = toy.federation()
     federate(BASE, *_args(fed, 2), run)

@@ -48,6 +48,8 @@ class ReviewServer:
         self._why, self._truth = why or {}, truth or {}
         self._lock = threading.Lock()
         self.token = secrets.token_urlsafe(16)
+        if not 0 <= port <= 65535:
+            raise UserError("--port", f"{port} is not in 0 to 65535", "0 takes any free one")
         handler = type("Handler", (_Handler,), {"owner": self})
         try:
             self._http = ThreadingHTTPServer(("127.0.0.1", port), handler)

@@ -24,7 +24,6 @@ def describe(config: DataConfig) -> dict[str, Any]:
 def summary(federation: Federation) -> dict[str, Any]:
     """Class counts, hashes, and per client size, SHA-256 of the sorted indices, and images per class (of the first clients, where ``population`` says that there are more)."""
     manifest = federation.manifest
-    classes = len(manifest.class_names)
     imbalance = manifest.imbalance_factor
     more = {"population": len(manifest.clients)} if len(manifest.clients) > len(manifest.listed) else {}
     return more | {

@@ -46,7 +46,12 @@ def load_checkpoint(path: Path) -> tuple[Tree, dict[str, Any]]:
         raise UserError(path, "not a checkpoint of mllm-fl (no record in its header)")
     if digest(tensors) != meta.get("digest"):
         raise UserError(path, "damaged checkpoint (digest differs)", "delete it to start this run from its beginning")
-    record: dict[str, Any] = json.loads(meta["record"])
+    try:
+        record: dict[str, Any] = json.loads(meta["record"])
+    except ValueError as e:
+        raise UserError(
+            path, f"damaged checkpoint (its record: {e})", "delete it to start this run from its beginning"
+        ) from e
     return tensors, record
 
 

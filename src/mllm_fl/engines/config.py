@@ -15,7 +15,8 @@ class EngineConfig:
     ``name``: "serial" (one client after another, the reference), "parallel" (a worker process per core; the same bits), "batched" (all
     clients of a round as one tensor program, for a GPU), or "auto": parallel where the work is worth starting processes, else serial.
     "flower" is what `mllm-fl deploy` runs on other machines.
-    ``workers``: of the parallel engine; absent means all usable cores, shared between the runs of ``--jobs``.
+    ``workers``: of the parallel engine; absent means all usable cores, shared between the runs of ``--jobs``. More than four a core
+    are not started (the event "fewer workers" says so): their number changes no result.
     ``precision``: "fp32", or "bf16" for forward and backward passes under autocast (weights and sums stay float32). ``layout``: how
     images lie in memory. "auto" is what a short probe of this chip found fastest (fp32 and nchw for the batched engine); a run's
     env.json records what was chosen, and resuming keeps it. ``device``: of the batched engine, which alone can use a GPU;

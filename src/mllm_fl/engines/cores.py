@@ -24,6 +24,15 @@ def usable_cores() -> int:
     return max(1, cores)
 
 
+OVER = 4
+"""Workers for each usable core, at most: more would compute nothing sooner, and each is a process that loads torch."""
+
+
+def workers_allowed(asked: int | None) -> int:
+    """As many as asked for, but at most ``OVER`` for each usable core; absent means :func:`workers_at_hand`."""
+    return workers_at_hand() if asked is None else min(asked, OVER * usable_cores())
+
+
 def workers_at_hand() -> int:
     """Usable cores, shared between the runs at a time; at least one."""
     runs = os.environ.get(RUNS, "1")

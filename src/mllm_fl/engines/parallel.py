@@ -16,7 +16,7 @@ from mllm_fl.algorithms.base import Algorithm, Broadcast, Shard, Task
 from mllm_fl.data.images import ImageSet
 from mllm_fl.engines.base import OnEvent, Reply, client_failed, ignored
 from mllm_fl.engines.config import EngineConfig
-from mllm_fl.engines.cores import workers_at_hand
+from mllm_fl.engines.cores import workers_allowed
 from mllm_fl.engines.evaluate import BATCH
 from mllm_fl.engines.local import LocalConfig
 from mllm_fl.engines.pool import Failed, Job, Pool
@@ -46,7 +46,10 @@ class ParallelEngine:
         self._setup = Setup(task, algorithm, local, batch_norm)
         self._given = pool is not None
         self._sent: tuple[str, int] | None = None
-        self.pool = pool or Pool(config.workers or workers_at_hand())
+        workers = workers_allowed(config.workers)
+        if pool is None and config.workers is not None and workers < config.workers:
+            on_event("fewer workers", asked=config.workers, started=workers)
+        self.pool = pool or Pool(workers)
 
     def __enter__(self) -> ParallelEngine:
         for images in (self.task.unlabelled, self.task.labelled):

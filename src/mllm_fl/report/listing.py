@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from mllm_fl.errors import UserError
 from mllm_fl.report.table import MISSING, columns, number, plain
-from mllm_fl.runs import read_json
+from mllm_fl.runs import read_final
 from mllm_fl.toml import flatten, read_toml
 
 STATES = ("finished", "running", "interrupted", "broken")
@@ -51,7 +51,7 @@ def _entry(folder: Path) -> Entry:
         rounds = flatten(read_toml(folder / "config.toml")).get("federate.rounds")
         total = rounds if isinstance(rounds, int) else None
         if (folder / "final.json").exists():
-            return _finished(folder, read_json(folder / "final.json"), total)
+            return _finished(folder, read_final(folder / "final.json"), total)
         done, latest = _progress(folder / "rounds.jsonl")
         return Entry(
             folder, "running" if is_held(folder / ".lock") else "interrupted", done, total, latest, "latest round"

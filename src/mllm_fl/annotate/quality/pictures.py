@@ -99,7 +99,15 @@ def inspect_pictures(
         if known is not None and digest in known.digests:
             sheet.failed["evaluation"][image] = f"equals {known.digests[digest]}"
         for name, plugin in plugins.items():
-            if (why := plugin(picture)) is not None:
+            try:
+                why = plugin(picture)
+            except Exception as e:  # a user's function may raise anything
+                raise UserError(
+                    f"--inspect {name}",
+                    f"raised {type(e).__name__} on {image}: {e}",
+                    "mend the detector, or leave it out",
+                ) from e
+            if why is not None:
                 sheet.failed[name][image] = why
     _alike(sheet, looked, looks, known)
     return sheet
