@@ -6,9 +6,12 @@ import contextlib
 import datetime
 import http.server
 import json
+import re
+import shutil
 import socket
 import ssl
 import stat
+import subprocess
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -123,6 +126,22 @@ def asked(made: Layout, port: int, host: str = "localhost", **config: Any) -> li
 def test_the_doctor_finds_nothing_wrong_with_what_is_whole(made: Layout) -> None:
     with server(made.server) as port:
         said = asked(made, port)
+    assert [line.partition(":")[0] for line in said] == ["version", "name", "TCP", "TLS", "clock", "key", "data"]
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
+@pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="ssh-keygen is not installed")
+def test_keys_and_certificates_of_the_pages_openssl_lines_are_good(config: Path, tmp_path: Path) -> None:
+    made = layout.init(tmp_path / "federation", sites=["north", "south"], config=config, host="localhost")
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"^```console\n(.*?)^```", page, re.M | re.S) if "openssl" in b)
+    before = (made.site("north") / "key.pub").read_text(), (made.server / "server.crt").read_text()
+    subprocess.run(["bash", "-ec", block], cwd=tmp_path, check=True, capture_output=True)
+    assert (made.site("north") / "key.pub").read_text() != before[0]
+    assert (made.server / "server.crt").read_text() != before[1]
+    node = Node.read(made.site("north"))
+    with server(made.server) as port:
+        said = list(doctor.site(Node(node.folder, "north", "localhost", port, 9094, dict(node.config))))
     assert [line.partition(":")[0] for line in said] == ["version", "name", "TCP", "TLS", "clock", "key", "data"]
 
 
