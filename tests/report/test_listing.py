@@ -26,7 +26,7 @@ def test_states_progress_and_headline(tmp_path: Path) -> None:
     (bad / "final.json").write_text("{")
     found = {e.folder: e for e in listing.entries(tmp_path)}
     assert (found[done].state, found[done].done, found[done].accuracy) == ("finished", 4, 0.5)
-    assert found[done].rule == "mean of the last 20 rounds"
+    assert found[done].rule == "mean of the last 4 rounds"
     assert (found[half].state, found[half].done, found[half].rounds, found[half].accuracy) == ("interrupted", 4, 4, 0.5)
     assert found[bad].state == "broken" and found[bad].rule.startswith("final.json: cannot be read as JSON")
     text = listing.to_text(list(found.values()), tmp_path)
