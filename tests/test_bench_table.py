@@ -1,0 +1,51 @@
+"""docs/engines.md's tables: one line of a benchmark in words that can be checked by hand, and the page is not stale."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripts import bench_table
+
+from mllm_fl.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+LINE: dict[str, Any] = {
+    "benchmark": "engines and peers", "processor": "A chip", "torch": "2.13.0", "commit": "abc", "cores": 2,
+    "load": {"clients": 8, "images": 600, "epochs": 1, "batch": 32, "width": 64, "repeats": 3},
+    "seconds": {"bare": [4.0, 5.0, 6.0], "parallel fp32": [2.0, 3.0, 2.5]},
+    "core_seconds": {"bare": [4.0, 5.0, 6.0], "parallel fp32": [4.0, 5.0, 6.0]},
+    "wall_over_bare_shared": {"bare": 2.0, "parallel fp32": 1.0}, "over_bare_shared": {"bare": 1.0, "parallel fp32": 1.0},
+    "overhead": {"share": 0.012}, "overhead_tiny": {"share": 0.08, "clients": 1000}, "startup_seconds": 1.5, "pss_bytes": 1.25e9,
+    "gflops_a_core": {"fp32": 100.0}, "limit_seconds": {"fp32": 1.5}, "failed": {"pfl": "no wheel"},
+}  # fmt: skip
+
+
+def test_one_line_as_a_table() -> None:
+    said = bench_table.table(LINE)
+    assert "| parallel fp32 | 2.50 (2.00 to 3.00) | 5.00 (4.00 to 6.00) | 1.00 | 1.00 |" in said
+    assert "8 clients of 600 images" in said and "A chip" in said and "commit `abc`" in said
+    assert "1.2% of this round, 8.0% of a round of 1,000 clients" in said
+    assert "| this chip's matrix products, fp32 (100 GFLOP/s a core) | 1.50 | | | |" in said
+    assert "1.25 GB" in said and "pfl could not be measured: no wheel." in said
+
+
+def test_the_last_line_of_equal_loads_counts(tmp_path: Path) -> None:
+    path = tmp_path / "bench.jsonl"
+    other = LINE | {"load": LINE["load"] | {"width": 16}}
+    lines = [LINE | {"commit": "old"}, other, {"benchmark": "something else"}, LINE]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert [(x["commit"], x["load"]["width"]) for x in bench_table.latest(path)] == [("abc", 16), ("abc", 64)]
+
+
+def test_a_page_without_marks_is_refused() -> None:
+    with pytest.raises(UserError, match=r"page: needs <!-- bench --> once"):
+        bench_table.filled("no marks", [LINE], "page")
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    page, results = ROOT / "docs" / "engines.md", ROOT / "results" / "bench.jsonl"
+    text = page.read_text(encoding="utf-8")
+    assert bench_table.filled(text, bench_table.latest(results), page) == text
