@@ -66,7 +66,9 @@ def _finished(folder: Path, final: dict[str, Any], total: int | None) -> Entry:
     mean, last = number(final, "mean_last", "mean"), number(final, "last", "accuracy")
     window = number(final, "mean_last", "rounds")
     if mean is not None and final.get("curve") != "unaligned":
-        rule = "mean of the last rounds" if window is None else f"mean of the last {min(window, done or window):g} rounds"
+        rule = (
+            "mean of the last rounds" if window is None else f"mean of the last {min(window, done or window):g} rounds"
+        )
         return Entry(folder, "finished", done, total, mean, rule)
     return Entry(folder, "finished", done, total, last, "last round")
 
