@@ -15,7 +15,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except OSError:
+    except BaseException:  # also when it is interrupted
         tmp.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)

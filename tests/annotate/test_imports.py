@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -240,12 +241,14 @@ def test_bad_input_is_one_line_and_nothing_half_is_left(ours: Path, tmp_path: Pa
     assert not [p for p in tmp_path.iterdir() if "half" in p.name]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_is_one_line(ours: Path, tmp_path: Path) -> None:
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o500)
-    with pytest.raises(UserError, match="cannot be written"):
-        export(Corpus.open(ours), locked / "out", "llava", everything=True)
+def test_a_read_only_disk_is_one_line(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    corpus = Corpus.open(ours)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(UserError, match=r"out: cannot be written \(Read-only file system\)"):
+        export(corpus, tmp_path / "out", "llava", everything=True)
 
 
 def test_a_place_that_is_no_folder_is_one_line(ours: Path, tmp_path: Path) -> None:

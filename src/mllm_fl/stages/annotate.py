@@ -223,8 +223,8 @@ def _records(
 
 def _sweep(folder: Path) -> None:
     """Remove the half-written files of processes that died on this machine."""
-    for leftover in folder.rglob(".*.tmp"):
-        pid = leftover.name.split(".")[-2]
+    for leftover in folder.rglob(".*.tmp-*"):
+        pid = leftover.name.rpartition("-")[2]
         if pid.isdigit() and not born(int(pid)):
             leftover.unlink(missing_ok=True)
 
