@@ -47,7 +47,8 @@ def population(clients: int, online: int, rounds: int) -> dict[str, Any]:
     from mllm_fl.engines.local import LocalConfig
     from mllm_fl.events import Event
     from mllm_fl.runs import RunFolder
-    from mllm_fl.stages.federate import FederateConfig, federate
+    from mllm_fl.stages.federate import federate
+    from mllm_fl.stages.schedule import FederateConfig
     from mllm_fl.trees import clone
 
     torch.set_num_threads(1)

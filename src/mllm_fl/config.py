@@ -16,8 +16,8 @@ from mllm_fl.models.network import ModelConfig
 from mllm_fl.models.teacher.clip import TeacherConfig
 from mllm_fl.stages.align import AlignConfig
 from mllm_fl.stages.annotate_config import AnnotateConfig
-from mllm_fl.stages.federate import FederateConfig
 from mllm_fl.stages.pretrain import PretrainConfig
+from mllm_fl.stages.schedule import FederateConfig
 from mllm_fl.toml import build, read_toml, set_dotted, to_dict
 
 

@@ -14,7 +14,8 @@ from mllm_fl.algorithms.base import Broadcast, FedAvg, Local, Server, Shard, Tas
 from mllm_fl.engines.local import LocalConfig, train_client
 from mllm_fl.errors import UserError
 from mllm_fl.runs import RunFolder
-from mllm_fl.stages.federate import FederateConfig, federate
+from mllm_fl.stages.federate import federate
+from mllm_fl.stages.schedule import FederateConfig
 from mllm_fl.trees import Tree, clone
 
 

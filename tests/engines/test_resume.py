@@ -17,7 +17,8 @@ from mllm_fl.engines.pool import Pool
 from mllm_fl.engines.serial import SerialEngine
 from mllm_fl.events import Event
 from mllm_fl.runs import RunFolder
-from mllm_fl.stages.federate import FederateConfig, federate
+from mllm_fl.stages.federate import federate
+from mllm_fl.stages.schedule import FederateConfig
 from mllm_fl.trees import digest
 
 LOCAL = LocalConfig(epochs=1, batch_size=8, lr=0.05)

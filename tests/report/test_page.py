@@ -17,7 +17,9 @@ from mllm_fl.errors import UserError
 from mllm_fl.report import build
 from mllm_fl.report.html import escape
 from mllm_fl.runs import RunFolder
-from mllm_fl.stages.federate import FederateConfig, federate, outcome
+from mllm_fl.stages.federate import federate
+from mllm_fl.stages.outcome import outcome
+from mllm_fl.stages.schedule import FederateConfig
 from mllm_fl.toml import to_dict
 
 HOSTILE = "<script>alert('x')</script> \"quoted\" \u202egnirts " + "long " * 40

@@ -22,7 +22,9 @@ from tests import toy
 from mllm_fl.engines import checkpoint, serial
 from mllm_fl.engines.local import LocalConfig
 from mllm_fl.runs import RunFolder
-from mllm_fl.stages.federate import FederateConfig, federate, outcome
+from mllm_fl.stages.federate import federate
+from mllm_fl.stages.outcome import outcome
+from mllm_fl.stages.schedule import FederateConfig
 from mllm_fl.trees import digest
 
 CONFIG = FederateConfig(rounds=3, clients_per_round=2, evaluate_last=3, local=LocalConfig(epochs=1, batch_size=8))

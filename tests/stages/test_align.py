@@ -30,7 +30,9 @@ from mllm_fl.runs import RunFolder, read_rows
 from mllm_fl.seeds import stream
 from mllm_fl.stages.align import AlignConfig, delivered, make_aligner
 from mllm_fl.stages.alignment_images import alignment_set, balanced, leftovers
-from mllm_fl.stages.federate import FederateConfig, federate, outcome
+from mllm_fl.stages.federate import federate
+from mllm_fl.stages.outcome import outcome
+from mllm_fl.stages.schedule import FederateConfig
 from mllm_fl.stages.server import ServerConfig, unlabelled_images
 from mllm_fl.trees import Tree, digest, weighted_mean
 

@@ -22,7 +22,8 @@ from mllm_fl.seeds import stream
 from mllm_fl.stages import chain
 from mllm_fl.stages.align import AlignConfig, Aligner, make_aligner
 from mllm_fl.stages.alignment_images import balanced
-from mllm_fl.stages.federate import FederateConfig, federate
+from mllm_fl.stages.federate import federate
+from mllm_fl.stages.schedule import FederateConfig
 from mllm_fl.trees import digest
 
 

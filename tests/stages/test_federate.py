@@ -25,7 +25,9 @@ from mllm_fl.runs import RunFolder, read_rows
 from mllm_fl.seeds import stream
 from mllm_fl.stages.align import AlignConfig, Aligner, make_aligner
 from mllm_fl.stages.alignment_images import balanced
-from mllm_fl.stages.federate import FederateConfig, federate, online_clients, outcome
+from mllm_fl.stages.federate import federate
+from mllm_fl.stages.outcome import outcome
+from mllm_fl.stages.schedule import FederateConfig, online_clients
 from mllm_fl.trees import Tree, clone, digest, nbytes
 
 LOCAL = LocalConfig(epochs=1, batch_size=8, lr=0.05, augment="none")

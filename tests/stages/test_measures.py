@@ -14,8 +14,8 @@ from mllm_fl.algorithms.base import Server
 from mllm_fl.engines.flops import of_image
 from mllm_fl.engines.local import LocalConfig
 from mllm_fl.stages.align import AlignConfig, Aligner
-from mllm_fl.stages.federate import FederateConfig
 from mllm_fl.stages.measures import bill, overhead, standing
+from mllm_fl.stages.schedule import FederateConfig
 
 LOCAL = LocalConfig(epochs=2, batch_size=8, augment="none")
 ROWS: dict[str, list[dict[str, Any]]] = {

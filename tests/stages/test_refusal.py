@@ -14,7 +14,8 @@ from mllm_fl.algorithms.ccvr import CCVR
 from mllm_fl.algorithms.scaffold import Scaffold
 from mllm_fl.engines.local import LocalConfig
 from mllm_fl.runs import RunFolder, read_json, read_rows
-from mllm_fl.stages.federate import FederateConfig, federate
+from mllm_fl.stages.federate import federate
+from mllm_fl.stages.schedule import FederateConfig
 from mllm_fl.trees import Tree, digest
 
 LOCAL = LocalConfig(epochs=1, batch_size=8, lr=0.05)

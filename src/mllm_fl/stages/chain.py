@@ -33,8 +33,9 @@ from mllm_fl.runs import RunFolder, config_hash, differences, environment, read_
 from mllm_fl.stages.align import Aligner, delivered
 from mllm_fl.stages.alignment_images import alignment_set, dealt
 from mllm_fl.stages.alignment_images import record as d_align
-from mllm_fl.stages.federate import federate, outcome
+from mllm_fl.stages.federate import federate
 from mllm_fl.stages.measures import overhead, standing
+from mllm_fl.stages.outcome import outcome
 from mllm_fl.stages.overlap import leaks_of, open_leaks
 from mllm_fl.stages.prepare import aligner_of, engine_of, task_of, teacher_of
 from mllm_fl.stages.saved import load_model, save_model

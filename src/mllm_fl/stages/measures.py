@@ -14,7 +14,7 @@ from mllm_fl.metrics import forgetting, per_client
 from mllm_fl.stages.align import Aligner
 
 if TYPE_CHECKING:
-    from mllm_fl.stages.federate import FederateConfig
+    from mllm_fl.stages.schedule import FederateConfig
 
 RULE = (
     "operations of matrix products, convolutions and attention (a multiply-add is two), counted once on one step and multiplied; "

@@ -17,9 +17,9 @@ from mllm_fl.errors import UserError
 from mllm_fl.events import Progress, silent
 from mllm_fl.models.network import build_network
 from mllm_fl.runs import RunFolder, config_hash, differences, environment, read_json
-from mllm_fl.stages.federate import concluded
 from mllm_fl.stages.measures import standing
 from mllm_fl.stages.prepare import engine_of, task_of
+from mllm_fl.stages.round import concluded
 from mllm_fl.stages.saved import save_model
 from mllm_fl.stages.shared import federation_of, run_path
 from mllm_fl.toml import read_toml, to_dict
