@@ -13,9 +13,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from tests.deployment.grid import failing
 
-from mllm_fl.deployment.node import SAYS, Kept
+from mllm_fl.deployment.home import Kept
+from mllm_fl.deployment.means import SAYS
 from mllm_fl.deployment.sites import write_sites
-from mllm_fl.engines import remote
+from mllm_fl.engines import exchange
 from mllm_fl.engines.flower import from_content, to_content
 from mllm_fl.engines.reception import Site
 from mllm_fl.engines.wire import Packed, pack, unpack, with_facts
@@ -101,6 +102,15 @@ BAD = {
     "too much": (huge, "unreadable answer"),
     "another app's record": (strangers, "unreadable answer: not a message of mllm-fl"),
     "a pickle": (objects, "unreadable answer"),
+    "a number instead of a list": (lambda p: with_facts(p, {"told": 5}), "its node did not answer for it"),
+    "no table of facts": (
+        lambda p: Packed(json.dumps(json.loads(p.note) | {"facts": [1]}), p.blobs),
+        "unreadable answer",
+    ),
+    "no facts at all": (
+        lambda p: Packed(json.dumps({k: v for k, v in json.loads(p.note).items() if k != "facts"}), p.blobs),
+        "unreadable answer",
+    ),
     "nobody's client": (lambda p: with_facts(p, {"told": []}), "its node did not answer for it"),
     "no facts": (lambda p: with_facts(p, {"told": [{"client": 0}, {"client": 3}]}), "its answer is not in our form"),
 }
@@ -173,7 +183,7 @@ def test_a_node_that_owes_an_answer_gets_no_other_message_until_it_has_answered(
             grids[-1].waiting[late.metadata.reply_to_message_id] = late
         return answer()
 
-    monkeypatch.setattr(remote, "GRACE", 0.0)
+    monkeypatch.setattr(exchange, "GRACE", 0.0)
     faults = {102: only("train", slow), 101: only("train", releases)}
     deployed("federate.clients_per_round = 5", faults, deadline=0.5)
     rows = read_rows(folder(tmp_path) / "rounds.jsonl")
@@ -191,7 +201,7 @@ def test_a_node_that_was_started_again_is_not_waited_for(
     deployed: Run, grids: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its message went with its old process, and Flower says nothing of it until the deadline."""
-    monkeypatch.setattr(remote, "LOOK", 0.0)
+    monkeypatch.setattr(exchange, "LOOK", 0.0)
     silent: list[str] = []
 
     def reborn(message: Message, answer: Callable[[], Message]) -> Message | None:

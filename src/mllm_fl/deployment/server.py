@@ -21,8 +21,9 @@ from mllm_fl.atomic import write_atomic
 from mllm_fl.config import Config, load
 from mllm_fl.data.sources import Splits, load_source
 from mllm_fl.deployment.sites import SitesFederation, read_sites
+from mllm_fl.engines.exchange import Schedule
 from mllm_fl.engines.reception import OWN, PARTITION, Reception, Site
-from mllm_fl.engines.remote import RemoteEngine, Schedule
+from mllm_fl.engines.remote import RemoteEngine
 from mllm_fl.errors import UserError
 from mllm_fl.runs import RunFolder, read_json
 

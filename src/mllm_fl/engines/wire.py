@@ -131,7 +131,7 @@ def unpack(packed: Packed, limit: int | None = None) -> Parcel:
             raise WireError(f"{leaf.name[:60]}: another dtype or shape than its note says")
         tensor = torch.from_numpy(np.ascontiguousarray(array).reshape(leaf.shape)).clone()
         trees.setdefault(leaf.tree, {})[leaf.name] = tensor.view(torch.bfloat16) if leaf.dtype == "bfloat16" else tensor
-    facts = json.loads(packed.note)["facts"]
+    facts = json.loads(packed.note).get("facts")
     if not isinstance(facts, dict):
         raise WireError("facts are not a table")
     return Parcel(facts, trees)
