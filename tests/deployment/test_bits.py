@@ -1,7 +1,8 @@
-"""The same TOML in the simulator and on a federation: the same bits, over Flower's own messages."""
+"""The same TOML in the simulator and on a federation: the same bits, over Flower's own messages, also after a kill in the middle of a round."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,59 @@ QUICK = {  # what makes these methods differ from FedAvg, and quick
 }
 
 
+class Killed(BaseException):
+    """What no code of ours catches to go on."""
+
+
 def rows(path: Path) -> tuple[bytes, bytes]:
     return (path / "rounds.jsonl").read_bytes(), (path / "clients.jsonl").read_bytes()
 
 
+def dies_in_round(t: int) -> Any:
+    """The server ends when it hands this node its message of round ``t``; nodes before it have trained that round and remember it."""
+
+    def fault(message: Any, answer: Callable[[], Any]) -> Any:
+        if message.metadata.message_type == "train" and message.metadata.group_id == str(t):
+            raise Killed
+        return answer()
+
+    return fault
+
+
 @pytest.mark.parametrize("name", QUICK)
-def test_a_federation_ends_with_the_simulators_bits(
+def test_a_federation_ends_with_the_simulators_bits_killed_and_resumed_or_not(
     name: str, config: Path, deployed: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     values = f'federate.algorithm = "{name}"' + (f", {QUICK[name]}" if QUICK[name] else "")
     [alone] = load(config, dotted(values)).runs
     simulated = chain.run(alone, tmp_path / "simulated")
+    bits = rows(chain.run_path(alone, tmp_path / "simulated"))
     there = deployed(values)
     assert there["weights_sha256"] == simulated["weights_sha256"]
-    assert rows(tmp_path / "runs" / "deployed" / there["name"]) == rows(chain.run_path(alone, tmp_path / "simulated"))
+    assert rows(tmp_path / "runs" / "deployed" / there["name"]) == bits
     assert there["environment"]["engine"]["name"] == "flower"
+
+    hurt = tmp_path / "hurt"
+    with pytest.raises(Killed):
+        deployed(values, {103: dies_in_round(2)}, runs=str(hurt))
+    [path] = (hurt / "deployed").iterdir()
+    assert len(rows(path)[0].splitlines()) == 1 and not (path / "final.json").exists()
+    begun = json.loads((path / "deployment.json").read_text())
+    resumed = deployed(**begun["settings"])  # what `mllm-fl deploy resume` submits
+    assert resumed["weights_sha256"] == simulated["weights_sha256"] and rows(path) == bits
+
+
+def test_a_server_that_falls_back_two_rounds_gets_the_memories_of_that_time(
+    config: Path, deployed: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """SCAFFOLD's control variates of rounds 2 and 3 lie on the nodes when the server takes up round 2 again."""
+    values = 'federate.algorithm = "scaffold", federate.rounds = 4, federate.checkpoint_every = 3, federate.clients_per_round = 5'
+    [alone] = load(config, dotted(values)).runs
+    simulated = chain.run(alone, tmp_path / "simulated")
+    for t in (3, 4):
+        with pytest.raises(Killed):
+            deployed(values, {103: dies_in_round(t)})
+    assert deployed(values)["weights_sha256"] == simulated["weights_sha256"]
+    [path] = (tmp_path / "runs" / "deployed").iterdir()
+    assert rows(path) == rows(chain.run_path(alone, tmp_path / "simulated"))
+    assert "lost its memory" not in (path / "events.jsonl").read_text()
