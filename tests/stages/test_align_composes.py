@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from mllm_fl.algorithms import METHODS
 from mllm_fl.algorithms.base import Algorithm, Broadcast, Server, Shard, Task, Update
 from mllm_fl.conformance.row import row_of
 from mllm_fl.data.federation import Federation
+from mllm_fl.engines.base import Reply
 from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.local import LocalConfig
 from mllm_fl.engines.serial import SerialEngine
@@ -39,7 +40,7 @@ class Heard(SerialEngine):
         self.sent: list[Broadcast] = []
         self.updates: list[list[Update]] = []
 
-    def clients(self, msg: Broadcast, shards: Sequence[Shard], memory: Mapping[int, Tree]):  # type: ignore[no-untyped-def]
+    def clients(self, msg: Broadcast, shards: Sequence[Shard], memory: Mapping[int, Tree]) -> Iterator[Reply]:
         self.sent.append(msg)
         replies = list(super().clients(msg, shards, memory))
         self.updates.append([r.update for r in replies])
@@ -80,7 +81,8 @@ def test_every_method_is_aligned_after_every_aggregation_and_goes_on_from_there(
     images = balanced(fed.train, 6, stream(0, "x"))
     aligner = make_aligner(ALIGN, images, lambda x: 4.0 * F.one_hot(torch.from_numpy(x.labels), 3).float())
     config = FederateConfig(algorithm=name, rounds=ROUNDS, clients_per_round=3, local=LOCAL, method=method)
-    with Heard(task, method) as engine, RunFolder(tmp_path / "r", {}) as run:
+    engine = Heard(task, method)
+    with engine, RunFolder(tmp_path / "r", {}) as run:
         end = federate(config, task, fed, w0, run, aligner=aligner, teacher=teacher, engine=engine)
         rows = read_rows(run.path / "rounds.jsonl")
     state = method.init(task, w0)
