@@ -2,7 +2,7 @@
 
     python scripts/report_size.py --arms 20 --seeds 5 --rounds 200
 
-The issue's mark is 100 runs of 200 rounds in less than 5 s and 10 MB; the time depends on the machine, so it is printed and not tested.
+The mark is 100 runs of 200 rounds in less than 5 s and 10 MB; the time depends on the machine, so it is printed and not tested.
 """
 
 from __future__ import annotations
