@@ -301,3 +301,13 @@ def test_other_inputs_are_named_and_refused_on_resuming(run: RunFolder) -> None:
 def _args(fed: Any, width: int) -> tuple[Any, Any, Any]:
     task, w = toy.task(fed, width=width)
     return task, fed, w
+
+
+def test_a_run_says_that_it_began_and_where_it_goes_on(run: RunFolder) -> None:
+    """Before the first round is over, which may be minutes; a resumed run says from where; a finished one says nothing."""
+    fed, config = toy.federation(), dataclasses.replace(BASE, rounds=3)
+    task, w = _stopped(run, config, fed)
+    seen: list[Event] = []
+    federate(config, task, fed, w, run, progress=seen.append)
+    assert (seen[0].done, seen[0].note) == (2, "resumed") and [e.done for e in seen] == [2, 3]
+    federate(config, task, fed, w, run, progress=lambda e: pytest.fail(f"{e}"))

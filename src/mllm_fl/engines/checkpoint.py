@@ -26,8 +26,12 @@ def save_checkpoint(path: Path, tensors: Tree, record: dict[str, Any]) -> None:
     write_atomic(path, save({k: v.detach().contiguous() for k, v in tensors.items()}, metadata=meta))
 
 
-def load_checkpoint(path: Path) -> tuple[Tree, dict[str, Any]]:
-    """The tensors and the record of a checkpoint.
+AGAIN = "delete it to start this run from its beginning"
+GONE = "copy it again, or delete the run folder and run it again"
+
+
+def load_checkpoint(path: Path, way_out: str = AGAIN) -> tuple[Tree, dict[str, Any]]:
+    """The tensors and the record of a checkpoint; ``way_out``: what to do about a damaged one.
 
     Raises:
         UserError: no such file, truncated, damaged, or not one of ours.
@@ -39,19 +43,15 @@ def load_checkpoint(path: Path) -> tuple[Tree, dict[str, Any]]:
             meta = f.metadata() or {}
             tensors: Tree = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as e:
-        raise UserError(
-            path, f"truncated or damaged checkpoint ({e})", "delete it to start this run from its beginning"
-        ) from e
+        raise UserError(path, f"truncated or damaged checkpoint ({e})", way_out) from e
     if "record" not in meta:
         raise UserError(path, "not a checkpoint of mllm-fl (no record in its header)")
     if digest(tensors) != meta.get("digest"):
-        raise UserError(path, "damaged checkpoint (digest differs)", "delete it to start this run from its beginning")
+        raise UserError(path, "damaged checkpoint (digest differs)", way_out)
     try:
         record: dict[str, Any] = json.loads(meta["record"])
     except ValueError as e:
-        raise UserError(
-            path, f"damaged checkpoint (its record: {e})", "delete it to start this run from its beginning"
-        ) from e
+        raise UserError(path, f"damaged checkpoint (its record: {e})", way_out) from e
     return tensors, record
 
 

@@ -22,7 +22,7 @@ from mllm_fl.data.longtail import groups
 from mllm_fl.data.manifest import load as load_manifest
 from mllm_fl.data.manifest import save as save_manifest
 from mllm_fl.engines.base import Engine, open_engine
-from mllm_fl.engines.checkpoint import fit, load_checkpoint
+from mllm_fl.engines.checkpoint import GONE, fit, load_checkpoint
 from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.device import described
 from mllm_fl.engines.evaluate import evaluate
@@ -214,7 +214,11 @@ def align_finished(config: Config, root: Path, progress: Progress = silent, run:
     with RunFolder(path, plain.resolved()) as folder:
         federation = federation_of(config)
         network = network_of(config)
-        w = fit(load_checkpoint(path / "model.safetensors")[0], clone(network.state_dict()), path / "model.safetensors")
+        w = fit(
+            load_checkpoint(path / "model.safetensors", GONE)[0],
+            clone(network.state_dict()),
+            path / "model.safetensors",
+        )
         task = task_of(config, federation, network, engine_of(config, path, federation, network))
         cache = path.parent / "logits"
         images = alignment_set(config.align, federation, config.data, teacher_of(config, federation, cache))

@@ -88,6 +88,8 @@ def federate(
     note = ""
     groups, meter = groups_of(federation.class_counts), Meter()
     alone = aligner is not None and aligner.config.control == "alone"
+    if state.round < config.rounds:
+        progress(Event("federate", state.round, config.rounds, "the first round" if not state.round else "resumed"))
     for t, online in zip(range(1, config.rounds + 1), draws, strict=False):
         if t <= state.round:
             continue

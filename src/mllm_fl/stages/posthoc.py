@@ -11,7 +11,7 @@ from mllm_fl.algorithms.base import Algorithm, Server
 from mllm_fl.config import Config, from_dict
 from mllm_fl.data.longtail import groups
 from mllm_fl.engines.base import open_engine
-from mllm_fl.engines.checkpoint import fit, load_checkpoint
+from mllm_fl.engines.checkpoint import GONE, fit, load_checkpoint
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.errors import UserError
 from mllm_fl.events import Progress, silent
@@ -79,7 +79,7 @@ def from_finished(
         federation = federation_of(config)
         network = build_network(config.model, len(federation.class_names), config.seed)
         weights = source / "model.safetensors"
-        w = fit(load_checkpoint(weights)[0], clone(network.state_dict()), weights)
+        w = fit(load_checkpoint(weights, GONE)[0], clone(network.state_dict()), weights)
         if digest(w) != before["weights_sha256"]:
             raise UserError(weights, "is not the model that the run's final.json describes", "run the federation again")
         settled = engine_of(config, path, federation, network)

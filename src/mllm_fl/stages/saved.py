@@ -7,7 +7,7 @@ from typing import Any
 
 from mllm_fl.config import Config
 from mllm_fl.data.federation import Federation
-from mllm_fl.engines.checkpoint import fit, load_checkpoint, save_checkpoint
+from mllm_fl.engines.checkpoint import GONE, fit, load_checkpoint, save_checkpoint
 from mllm_fl.models.network import Network, build_network
 from mllm_fl.toml import to_dict
 from mllm_fl.trees import Tree, clone
@@ -27,7 +27,7 @@ def load_model(path: Path) -> tuple[Network, dict[str, Any]]:
     """A network in evaluation mode from ``model.safetensors``, and its record (class names, normalisation, image size)."""
     from mllm_fl.models.network import ModelConfig
 
-    tensors, record = load_checkpoint(path)
+    tensors, record = load_checkpoint(path, GONE)
     network = build_network(ModelConfig(**record["model"]), len(record["class_names"]), 0)
     network.load_state_dict(fit(tensors, clone(network.state_dict()), path))
     return network.eval(), record

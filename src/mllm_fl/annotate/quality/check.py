@@ -41,10 +41,19 @@ class QualityConfig:
     probes: int = 500
 
     def __post_init__(self) -> None:
-        if self.min_side < 1 or self.max_aspect < 1 or not 0 <= self.clip_percentile <= 100 or self.probes < 0:
-            raise UserError("corpus check", "min_side, max_aspect, clip_percentile or probes is out of range")
+        for name, low, high in (
+            ("min_side", 1, None),
+            ("max_aspect", 1, None),
+            ("clip_percentile", 0, 100),
+            ("probes", 0, None),
+        ):
+            value = getattr(self, name)
+            if value < low or (high is not None and value > high):
+                wanted = f"at least {low}" if high is None else f"{low} to {high}"
+                raise UserError("corpus check", f"{name} is {value:g}", f"give {wanted}")
         if not 0 <= self.words[0] <= self.words[1]:
-            raise UserError("corpus check", f"words {self.words[0]} to {self.words[1]} is no range")
+            problem = f"words {self.words[0]} to {self.words[1]} is no range"
+            raise UserError("corpus check", problem, "give the fewest and the most, in this order")
 
 
 @dataclass(frozen=True)
