@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "deploy" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="minutes long: make test-deploy"))
+
+
+@pytest.fixture
+def steady(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: Flower gives up when its database has been locked for five seconds, which a busy disk can do to it."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    folder = Path(tempfile.mkdtemp(prefix="mllm-fl-", dir=memory))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

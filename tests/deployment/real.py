@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mllm_fl.deployment import control, follow, layout, processes
+from mllm_fl.errors import UserError
+from mllm_fl.runs import read_rows
 
 
 class Federation:
@@ -52,7 +54,7 @@ class Federation:
         return follow.start(self.made, follow.settings_of(self.made, **values), self.say)
 
 
-def until(what: Callable[[], Any], seconds: float = 900.0) -> Any:
+def until(what: Callable[[], Any], seconds: float = 1800.0) -> Any:
     """The first true value of ``what``; the machine may be busy, so the patience is long."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -71,10 +73,49 @@ def status(path: Path) -> dict[str, Any]:
         return {}
 
 
-def in_round(path: Path, t: int) -> bool:
-    """Whether round ``t``'s training is on its way and nobody has answered."""
+def in_round(path: Path, t: int, site: str = "") -> bool:
+    """Whether round ``t``'s training is on its way, and this site (or any) has not answered."""
     now = status(path)
-    return now.get("kind") == "train" and now.get("round") == t and len(now.get("waiting_for", ())) > 0
+    late = now.get("waiting_for", [])
+    return now.get("kind") == "train" and now.get("round") == t and (site in late if site else bool(late))
+
+
+def strike(path: Path, t: int, site: str, hit: Callable[[], bool]) -> float:
+    """Wait for the middle of round ``t`` and hit; when that was, in seconds since 1970."""
+
+    def struck() -> bool:
+        if "stopped" in status(path) or (path / "final.json").exists():
+            raise AssertionError(f"over before it was struck: {status(path)}")
+        return in_round(path, t, site) and hit()
+
+    until(struck)
+    return time.time()
+
+
+def carried_on(fed: Federation, path: Path, number: str) -> tuple[dict[str, Any], list[str]]:
+    """Watch the run to its end, and do what the line says when it stops: final.json's content, and the lines."""
+    lines: list[str] = []
+    while True:
+        try:
+            return follow.follow(fed.made, path, number, fed.say), lines
+        except UserError as e:
+            lines.append(str(e))
+            if len(lines) > 3 or f"mllm-fl deploy resume {path}" not in str(e):
+                raise
+            _, there, number = follow.resume(path, fed.say)
+            assert there == path
+
+
+def sent_again(path: Path, t: int) -> float:
+    """When round ``t``'s messages were sent for the last time, in seconds since 1970."""
+    last = [e for e in read_rows(path / "events.jsonl") if e["event"] == "train exchanged" and e["round"] == t][-1]
+    return float(last["time"]) - float(last["seconds"])
+
+
+def differing(a: Path, b: Path) -> int:
+    """Bytes in which two files differ."""
+    one, other = a.read_bytes(), b.read_bytes()
+    return sum(x != y for x, y in zip(one, other, strict=False)) + abs(len(one) - len(other))
 
 
 def kill(kept: processes.Kept, word: str | None = None) -> bool:

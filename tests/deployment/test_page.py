@@ -31,8 +31,8 @@ def test_every_command_on_the_page_is_one_that_is_understood() -> None:
 
 
 @pytest.mark.deploy
-def test_the_page_leads_from_an_empty_folder_to_a_finished_round(config: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "empty"
+def test_the_page_leads_from_an_empty_folder_to_a_finished_round(config: Path, tmp_path: Path, steady: Path) -> None:
+    folder = steady / "empty"
     folder.mkdir()
     (folder / "run.toml").write_text(config.read_text())
     [port] = processes.free_ports(1)
