@@ -155,7 +155,7 @@ def _update(model: Any, optimiser: torch.optim.Optimizer, loss: Tensor, rate: fl
     optimiser.step()
 
 
-def train_llava(clip: Any, processor: Any, pictures: Tensor, captions: list[str], steps: int, seed: int) -> tuple[Any, Any]:  # fmt: skip
+def train_llava(clip: Any, processor: Any, pictures: Tensor, captions: list[str], steps: int, layers: int, seed: int) -> tuple[Any, Any]:  # fmt: skip
     """(LlavaForConditionalGeneration, LlavaProcessor) around the frozen tower, after ``steps`` batches of 64 captions."""
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -163,7 +163,7 @@ def train_llava(clip: Any, processor: Any, pictures: Tensor, captions: list[str]
     config = LlavaConfig(
         vision_config=clip.config.vision_config,
         text_config=LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=3, num_attention_heads=4,
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=layers, num_attention_heads=4,
             max_position_embeddings=256, bos_token_id=2, eos_token_id=3, pad_token_id=0, tie_word_embeddings=False,
         ),
         image_token_id=4, vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=tokens,
@@ -215,6 +215,7 @@ def main() -> None:
     p.add_argument("--limit", type=int, help="at most so many pictures of each source")
     p.add_argument("--clip-steps", type=int, default=1_500)
     p.add_argument("--llava-steps", type=int, default=800)
+    p.add_argument("--layers", type=int, default=2, help="of LLaVA's language model")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     torch.set_num_threads(1)
@@ -236,12 +237,14 @@ def main() -> None:
             part.save_pretrained(args.out / "mini-clip")
     clip = load_clip(str(args.out / "mini-clip"))
     if not (args.out / "mini-llava/model.safetensors").exists():
-        for part in reversed(train_llava(clip.model, clip.processor, pictures, captions, args.llava_steps, args.seed)):
+        for part in reversed(
+            train_llava(clip.model, clip.processor, pictures, captions, args.llava_steps, args.layers, args.seed)
+        ):
             part.save_pretrained(args.out / "mini-llava")
     card = {
         "seen": counts, "left out as test images": dropped, "distinct captions": len(set(captions)), "for": FOR[args.open],
         "clip steps": args.clip_steps, "llava steps": args.llava_steps, "seed": args.seed, "cpu seconds of this call": round(time.process_time() - started),
-        "patch": PATCH, "torch": torch.__version__,
+        "patch": PATCH, "layers": args.layers, "torch": torch.__version__,
     }  # fmt: skip
     if not (args.out / "CARD.json").exists():
         write_atomic(args.out / "CARD.json", (json.dumps(card, indent=1) + "\n").encode())

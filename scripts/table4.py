@@ -37,7 +37,7 @@ from mllm_fl.runs import config_hash, environment
 from mllm_fl.seeds import numpy_stream, seed_of, stream
 from mllm_fl.stages.pretrain import pretrain
 from mllm_fl.stages.pretraining.handover import text_classifier
-from mllm_fl.stages.pretraining.samples import records
+from mllm_fl.stages.pretraining.reading import records
 from mllm_fl.toml import to_dict
 from mllm_fl.trees import digest
 

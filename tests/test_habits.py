@@ -27,6 +27,7 @@ OWNERS = {
     "pydantic": ("annotate/schema.py",),
     "rich": ("console.py",),
     "timm": ("models/vision.py",),
+    "ray": ("annotate/backends/ray_data.py",),
     "tokenizers": ("models/teacher/",),
     "torchvision": ("models/bridge.py", "models/vision.py"),
     "transformers": ("models/teacher/", "annotate/backends/", "runs.py"),  # runs.py reads its version

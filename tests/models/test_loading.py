@@ -16,7 +16,8 @@ from mllm_fl.models.bridge import bridge_torchvision
 from mllm_fl.models.network import ModelConfig, build_network
 from mllm_fl.models.teacher.blend import lm_loss
 from mllm_fl.models.teacher.conversation import collate, encode
-from mllm_fl.models.teacher.llava import fingerprint, load_llava, open_llava
+from mllm_fl.models.teacher.llava import load_llava, open_llava
+from mllm_fl.models.teacher.located import fingerprint
 from mllm_fl.models.teacher.words import make_tokenizer
 
 TURNS = [("<image>\nwhich character is this ?", "it is the digit three .")]

@@ -21,7 +21,7 @@ from mllm_fl.data.images import ImageSet
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event
 from mllm_fl.models.teacher.clip import load_clip
-from mllm_fl.models.teacher.llava import fingerprint
+from mllm_fl.models.teacher.located import fingerprint
 from mllm_fl.stages import chain, prepare, stage_one
 from mllm_fl.stages.align import AlignConfig
 from mllm_fl.stages.alignment_images import alignment_set

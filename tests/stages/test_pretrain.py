@@ -23,9 +23,11 @@ from mllm_fl.events import Event, silent
 from mllm_fl.models.network import ModelConfig, Network, build_network
 from mllm_fl.models.teacher.blend import lm_loss
 from mllm_fl.models.teacher.conversation import collate, encode
-from mllm_fl.models.teacher.llava import LlavaTeacher, fingerprint, load_llava
+from mllm_fl.models.teacher.llava import LlavaTeacher, load_llava
+from mllm_fl.models.teacher.located import fingerprint
 from mllm_fl.stages import pretrain as stage
 from mllm_fl.stages.pretrain import PretrainConfig, alpha_at, lr_at, pretrain
+from mllm_fl.stages.pretraining import run as run_of
 from mllm_fl.stages.pretraining.parallel import World
 from mllm_fl.stages.pretraining.store import alone
 from mllm_fl.trees import digest
@@ -49,11 +51,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begun(
     config: PretrainConfig, corpus: Path, teacher: LlavaTeacher, folder: Path, seed: int = 0, net: Network | None = None
-) -> stage._Run:
+) -> run_of.Run:
     """A pretraining that is ready for its first step."""
     folder.mkdir(exist_ok=True)
     config = replace(config, image_size=config.image_size or 16)
-    run = stage._Run(config, net or network(), corpus, teacher, folder, seed, {}, World(), silent)
+    run = run_of.Run(config, net or network(), corpus, teacher, folder, seed, {}, World(), silent)
     run.prepare(teacher, "cpu", (0.5,) * 3, (0.5,) * 3)
     return run
 
@@ -194,7 +196,7 @@ def test_without_room_for_features_the_result_is_the_same(
     teacher: LlavaTeacher, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = pretrain(CONFIG, network(), corpus, tmp_path / "a", teacher=teacher)
-    monkeypatch.setattr(stage, "CACHE_LIMIT", 0)
+    monkeypatch.setattr(run_of, "CACHE_LIMIT", 0)
     computed = pretrain(CONFIG, network(), corpus, tmp_path / "b", teacher=teacher)
     for k, v in kept.items():  # another batch through CLIP: rounding only
         torch.testing.assert_close(computed[k], v, rtol=1e-3, atol=1e-4)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm_fl.annotate.ledger_file import VERSION, Transaction, born, connect
+from mllm_fl.annotate.ledger_file import VERSION, Writing, born, connect
 from mllm_fl.errors import UserError
 
 __all__ = ["LEASE", "VERSION", "Entry", "Key", "Ledger", "Totals", "born", "canonical", "printable"]
@@ -285,31 +284,5 @@ class Ledger:
             return owner != self.owner and then != "" and born(int(pid)) == then
         return now - since < LEASE
 
-    def _writing(self) -> _Writing:
-        return _Writing(self._db, self.path)
-
-
-class _Writing(Transaction):
-    """A transaction whose troubles with the disk are one line."""
-
-    def __init__(self, db: sqlite3.Connection, path: Path) -> None:
-        super().__init__(db)
-        self._path = path
-
-    def __enter__(self) -> None:
-        try:
-            super().__enter__()
-        except sqlite3.Error as e:
-            raise self._said(e) from None
-
-    def __exit__(self, kind: object, found: object = None, *_: object) -> None:
-        try:
-            super().__exit__(kind)
-        except sqlite3.Error as e:
-            raise self._said(e) from None
-        if isinstance(found, sqlite3.Error):
-            raise self._said(found) from None
-
-    def _said(self, e: sqlite3.Error) -> UserError:
-        way_out = "what was answered before is kept; make room or make it writable, then run the same command"
-        return UserError(self._path, f"cannot be written ({e})", way_out)
+    def _writing(self) -> Writing:
+        return Writing(self._db, self.path)

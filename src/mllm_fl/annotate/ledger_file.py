@@ -55,6 +55,32 @@ class Transaction:
             self._db.execute("ROLLBACK")
 
 
+class Writing(Transaction):
+    """A transaction whose troubles with the disk are one line."""
+
+    def __init__(self, db: sqlite3.Connection, path: Path) -> None:
+        super().__init__(db)
+        self._path = path
+
+    def __enter__(self) -> None:
+        try:
+            super().__enter__()
+        except sqlite3.Error as e:
+            raise self._said(e) from None
+
+    def __exit__(self, kind: object, found: object = None, *_: object) -> None:
+        try:
+            super().__exit__(kind)
+        except sqlite3.Error as e:
+            raise self._said(e) from None
+        if isinstance(found, sqlite3.Error):
+            raise self._said(found) from None
+
+    def _said(self, e: sqlite3.Error) -> UserError:
+        way_out = "what was answered before is kept; make room or make it writable, then run the same command"
+        return UserError(self._path, f"cannot be written ({e})", way_out)
+
+
 def connect(path: Path) -> sqlite3.Connection:
     """The ledger at ``path``, made if absent, brought up to date if of version 1.
 

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ def annotate(
 
 
 def make_backend(config: AnnotateConfig) -> Backend:
-    """The backend that ``annotate.backend`` names."""
+    """The backend that ``annotate.backend`` names, in Ray's actors if ``annotate.actors`` says so."""
+    if config.actors is not None:
+        return _on_ray(config, config.actors)
     if config.backend == "openai":
         from mllm_fl.annotate.backends.openai import OpenAIBackend
 
@@ -105,6 +108,25 @@ def make_backend(config: AnnotateConfig) -> Backend:
     return LocalBackend(
         config.backend, max_tokens=config.max_tokens, batch_size=config.batch_size, device=config.device
     )
+
+
+def _on_ray(config: AnnotateConfig, actors: int) -> Backend:
+    from mllm_fl.annotate.backends.local import identity, parameters_of
+    from mllm_fl.annotate.backends.ray_data import RayBackend
+
+    rates = {"requests_per_minute": config.requests_per_minute, "tokens_per_minute": config.tokens_per_minute}
+    shares: dict[str, Any] = {k: v / actors for k, v in rates.items() if v is not None}
+    own = dataclasses.replace(config, actors=None, **shares)
+    if config.backend == "openai":
+        one = make_backend(own)
+        model, parameters, inner = one.model, one.parameters(), 4 * config.concurrency
+    else:
+        known = identity(config.backend)
+        if known is None:
+            way_out = "fetch it on every machine first (hf download NAME), or name a folder"
+            raise UserError(f"annotate.backend {config.backend!r}", "is not on this machine", way_out)
+        model, parameters, inner = known, parameters_of(config.max_tokens), config.batch_size
+    return RayBackend(partial(make_backend, own), model, parameters, inner, actors, config.actor_gpus)
 
 
 def limits_of(config: AnnotateConfig) -> Limits:

@@ -26,6 +26,8 @@ class AnnotateConfig:
     ``requests_per_minute``, ``tokens_per_minute``: of this process. ``prices``: a TOML file with the model's price per million tokens;
     ``max_cost`` (in its currency) and ``max_requests`` cap all that this corpus takes, earlier runs included. ``again``: how often an
     answer that is no record is asked for once more in a run (1 for endpoints, else 0). ``batch``: hand in files of OpenAI's Batch form.
+    ``actors``: so many Ray actors ask, on this machine or on all of a cluster's (RAY_ADDRESS); concurrency is then that of each, and the
+    rates are shared out. ``actor_gpus``: graphics processors of each.
     """
 
     source: str = "glyphs"
@@ -55,9 +57,11 @@ class AnnotateConfig:
     max_requests: int | None = None
     again: int | None = None
     batch: bool | None = None
+    actors: int | None = None
+    actor_gpus: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("images", "max_tokens", "batch_size", "concurrency", "max_side", "max_requests"):
+        for name in ("images", "max_tokens", "batch_size", "concurrency", "max_side", "max_requests", "actors"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"annotate.{name}", f"{value} is below 1")
         for name in ("requests_per_minute", "tokens_per_minute", "max_cost"):
@@ -81,6 +85,11 @@ class AnnotateConfig:
                 "annotate.retries",
                 "retries, timeout, first_pause and again must not be negative",
                 "timeout is above 0 seconds",
+            )
+        if self.actor_gpus < 0 or (self.batch and self.actors):
+            problem = "is negative" if self.actor_gpus < 0 else "cannot be with batch, where the endpoint does the work"
+            raise UserError(
+                "annotate.actor_gpus" if self.actor_gpus < 0 else "annotate.actors", problem, "leave it out"
             )
         if self.backend != "openai" and (self.batch or self.max_cost is not None):
             name = "batch" if self.batch else "max_cost"
@@ -109,6 +118,6 @@ class AnnotateConfig:
 
 FREE = (
     *("base_url", "api_key_env", "concurrency", "retries", "timeout", "first_pause", "device", "requests_per_minute"),
-    *("tokens_per_minute", "prices", "max_cost", "max_requests", "again", "batch"),
+    *("tokens_per_minute", "prices", "max_cost", "max_requests", "again", "batch", "actors", "actor_gpus"),
 )
 """What may change when a corpus is continued."""

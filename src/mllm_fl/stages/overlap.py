@@ -12,7 +12,7 @@ from mllm_fl.data.federation import Federation
 from mllm_fl.data.images import ImageSet
 from mllm_fl.errors import UserError
 from mllm_fl.stages.annotate import corpus_prints, open_prints
-from mllm_fl.stages.pretraining.samples import records
+from mllm_fl.stages.pretraining.reading import records
 from mllm_fl.stages.shared import corpus_path, federation_of, side_of
 
 

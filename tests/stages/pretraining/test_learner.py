@@ -16,6 +16,7 @@ from mllm_fl.models.network import ModelConfig, build_network
 from mllm_fl.models.teacher.llava import LlavaTeacher, load_llava
 from mllm_fl.runs import read_json
 from mllm_fl.stages import pretrain as stage
+from mllm_fl.stages.pretraining import run as run_of
 from mllm_fl.stages.pretraining.config import PretrainConfig
 from mllm_fl.stages.pretraining.parallel import World
 from mllm_fl.trees import Tree, clone
@@ -39,7 +40,7 @@ def taken(config: PretrainConfig, folder: Path, corpus: Path, where: Path, **mod
     net = build_network(ModelConfig(width=4, adapter_dim=tiny_llava.WIDTH, **{"adapter": "linear", **model}), 10, 0)
     half = torch.bfloat16 if config.precision == "bf16" else torch.float32
     teacher: LlavaTeacher = load_llava(str(folder), dtype=half)
-    run = stage._Run(config, net, corpus, teacher, where, 0, {}, World(), silent)
+    run = run_of.Run(config, net, corpus, teacher, where, 0, {}, World(), silent)
     run.prepare(teacher, "cpu", (0.5,) * 3, (0.5,) * 3)
     row = run.step(0)
     run.close()
@@ -96,7 +97,7 @@ def moved(config: PretrainConfig, folder: Path, corpus: Path, where: Path) -> fl
     net = build_network(ModelConfig(width=4, adapter="linear", adapter_dim=tiny_llava.WIDTH), 10, 0)
     before = clone(net.state_dict())
     teacher = load_llava(str(folder))
-    run = stage._Run(config, net, corpus, teacher, where, 0, {}, World(), silent)
+    run = run_of.Run(config, net, corpus, teacher, where, 0, {}, World(), silent)
     run.prepare(teacher, "cpu", (0.5,) * 3, (0.5,) * 3)
     run.step(0)
     run.close()

@@ -12,8 +12,9 @@ from tests import tiny_llava
 from mllm_fl.annotate.corpus import Corpus
 from mllm_fl.errors import UserError
 from mllm_fl.models.teacher.llava import LlavaTeacher, load_llava
-from mllm_fl.stages.pretraining import samples
-from mllm_fl.stages.pretraining.samples import Stream, digests, entries, make_index, open_index, records
+from mllm_fl.stages.pretraining import reading, samples
+from mllm_fl.stages.pretraining.reading import digests, entries, records
+from mllm_fl.stages.pretraining.samples import Stream, make_index, open_index
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def stream_of(teacher: LlavaTeacher, corpus: Path, folder: Path, pictures_only: 
 def test_entries_come_out_whole_however_the_file_is_cut(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(samples, "CHUNK", chunk)
+    monkeypatch.setattr(reading, "CHUNK", chunk)
     whole = json.loads((corpus / "records.json").read_text())
     assert list(entries(corpus / "records.json")) == whole[: len(whole)]
     assert len(whole) == 32
@@ -125,3 +126,20 @@ def test_a_sample_that_trains_nothing_stops_the_reading(teacher: LlavaTeacher, c
     with pytest.raises(UserError, match="record 0-caption: nothing to predict: all 20 tokens are masked"):
         make_index(corpus, tmp_path / "index.arrow", teacher, 20, "chat")
     assert not (tmp_path / "index.arrow").exists()
+
+
+def test_equal_conversations_are_put_into_tokens_once_and_only_the_latest_are_kept(
+    teacher: LlavaTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def encode(plan: object, turns: list[tuple[str, str]], *_: object) -> object:
+        asked.append(turns[0][1])
+        return turns
+
+    monkeypatch.setattr(samples, "encode", encode)
+    monkeypatch.setattr(samples, "TEXTS", 2)
+    written = samples.Written(teacher, 512, "chat")
+    for answer in ("a", "b", "a", "c", "a", "b"):  # b is the one used longest ago when c comes
+        written.of([("<image>", answer)], "here")
+    assert asked == ["a", "b", "c", "b"]

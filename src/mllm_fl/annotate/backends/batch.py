@@ -8,7 +8,6 @@ written, adopts what was handed in, fetches what is done, and hands in again wha
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import os
@@ -22,7 +21,9 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from mllm_fl.annotate.backends.base import encoded
-from mllm_fl.annotate.backends.openai import OpenAIBackend, read, tokens
+from mllm_fl.annotate.backends.batch_lines import name_of, reply_of
+from mllm_fl.annotate.backends.openai import OpenAIBackend
+from mllm_fl.annotate.backends.replies import tokens
 from mllm_fl.annotate.batches import Batch, Batches
 from mllm_fl.annotate.engine import Limits, Outcome, Question
 from mllm_fl.annotate.ledger import Entry, Key, Ledger
@@ -69,7 +70,7 @@ class _Work:
         self, questions: Sequence[Question], ledger: Ledger, backend: OpenAIBackend, limits: Limits, folder: Path, progress: Progress,
     ) -> None:  # fmt: skip
         self.questions = {q.key: q for q in questions}
-        self.names = {_name(key): key for key in self.questions}
+        self.names = {name_of(key): key for key in self.questions}
         self.ledger, self.backend, self.limits, self.folder, self.progress = ledger, backend, limits, folder, progress
         self.batches = Batches(ledger)
         self.client, self.unsure = backend.client(max_retries=RETRIES), backend.client(max_retries=0)
@@ -149,7 +150,12 @@ class _Work:
             lines = []
             for j in range(len(request.done), len(request.questions)):
                 body = self.backend.body(request, self.backend.messages(request, request.questions[j], picture))
-                line = {"custom_id": f"{_name(key)}-{j}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+                line = {
+                    "custom_id": f"{name_of(key)}-{j}",
+                    "method": "POST",
+                    "url": "/v1/chat/completions",
+                    "body": body,
+                }
                 lines.append(json.dumps(line).encode() + b"\n")
             whole = b"".join(lines)
             if len(whole) > LARGEST:
@@ -239,7 +245,7 @@ class _Work:
         texts, used = list(self.ledger.partial([key]).get(key, ())), [0, 0, 0]
         error, served = None, {}
         for j in range(len(texts), len(question.asked)):
-            text, problem, reply = _reply(lines.get(j))
+            text, problem, reply = reply_of(lines.get(j))
             if reply is not None:
                 more = tokens(reply, question.asked[j], text)
                 used = [used[0] + more[0], used[1] + more[1], used[2] + 1]
@@ -285,34 +291,5 @@ def _raise(e: Exception) -> None:
     raise e
 
 
-def _name(key: Key) -> str:
-    """The question's name in a batch file."""
-    return hashlib.sha256(json.dumps(key.columns).encode()).hexdigest()[:40]
-
-
 def _mark(batch: Any) -> str | None:
     return (getattr(batch, "metadata", None) or {}).get("mllm_fl")
-
-
-def _reply(line: Any) -> tuple[str, str | None, Any]:
-    """(text, why it is unusable or None, the chat completion or None) of one line of an output or error file."""
-    if line is None:
-        return "", "expired", None
-    error, response = line.get("error") or {}, line.get("response") or {}
-    status = response.get("status_code")
-    if status == 200:
-        reply = json.loads(json.dumps(response.get("body") or {}), object_hook=lambda d: SimpleNamespace(**d))
-        try:
-            problem, text = read(reply)
-        except AttributeError:
-            problem, text = "unreadable reply", ""
-        return text, problem or None, reply
-    if error.get("code") in ("batch_expired", "batch_cancelled"):
-        return "", "expired", None
-    body = response.get("body")
-    said = (
-        error.get("message") or (body.get("error") or {}).get("message", "")
-        if isinstance(body, dict)
-        else error.get("message", "")
-    )
-    return "", f"HTTP {status}: {said}"[:160] if status else str(said or "refused")[:160], None

@@ -14,7 +14,8 @@ from mllm_fl.annotate.ledger import Entry
 from mllm_fl.data.decode import to_rgb
 from mllm_fl.errors import UserError
 from mllm_fl.models.bridge import bridge_torchvision
-from mllm_fl.models.teacher.llava import fingerprint, locate, quiet
+from mllm_fl.models.teacher.llava import quiet
+from mllm_fl.models.teacher.located import fingerprint, locate
 
 _Said = tuple[str, int, int, str | None]
 """(answer, tokens in, tokens out, problem) of one question about one picture."""
@@ -60,7 +61,7 @@ class LocalBackend:
 
     def parameters(self) -> dict[str, Any]:
         """Greedy decoding up to so many tokens."""
-        return {"decoding": "greedy", "max_tokens": self.max_tokens}
+        return parameters_of(self.max_tokens)
 
     def answer(self, requests: Iterable[Request], deliver: Deliver) -> None:
         """See :class:`Backend`. Requests are grouped by question, and each group is decoded in one batch."""
@@ -148,6 +149,11 @@ class LocalBackend:
     def _templated(self, said: list[dict[str, Any]]) -> str:
         text: str = self.processor.apply_chat_template(said, add_generation_prompt=True)
         return text
+
+
+def parameters_of(max_tokens: int) -> dict[str, Any]:
+    """What an answer of a local model depends on beside the model."""
+    return {"decoding": "greedy", "max_tokens": max_tokens}
 
 
 def identity(name: str) -> str | None:

@@ -20,7 +20,8 @@ from typing import Any
 
 from mllm_fl.annotate.backends.base import Deliver, Request, as_it_is, encoded_again
 from mllm_fl.annotate.backends.pace import Pace, retry_after
-from mllm_fl.annotate.ledger import Entry, printable
+from mllm_fl.annotate.backends.replies import read, said, short, tokens
+from mllm_fl.annotate.ledger import Entry
 from mllm_fl.annotate.prices import text_tokens
 from mllm_fl.errors import UserError
 
@@ -199,7 +200,7 @@ class OpenAIBackend:
                 pace.succeeded()
                 return reply, ""
             except self._openai.APIStatusError as e:
-                problem, connected = f"HTTP {e.status_code}: {_said(e)}", True
+                problem, connected = f"HTTP {e.status_code}: {said(e)}", True
                 if self._adapt(e, body):
                     continue
                 self._refuse(e)
@@ -211,10 +212,10 @@ class OpenAIBackend:
                     pace.pushed_back(began, None if asked is None else min(asked, _PATIENCE))
                 wait = wait if asked is None else min(asked, _PATIENCE)
             except self._openai.APIConnectionError as e:  # a timeout is one of these
-                problem, connected = f"no connection ({_short(e.__cause__ or e)})", False
+                problem, connected = f"no connection ({short(e.__cause__ or e)})", False
                 pace.pushed_back(began, None)
             except (self._openai.APIError, ValueError) as e:
-                problem, connected = f"unreadable reply ({_short(e)})", True
+                problem, connected = f"unreadable reply ({short(e)})", True
             finally:
                 await pace.leave(guess, used)
             if self._answered > known and problem == "HTTP 429":
@@ -232,9 +233,9 @@ class OpenAIBackend:
         """Whether the server refused a parameter that can be left out; it is left out from now on."""
         if e.status_code not in (400, 422):
             return False
-        said = str(e.message) + str(getattr(e, "body", ""))
+        told = str(e.message) + str(getattr(e, "body", ""))
         for name in ("response_format", "max_tokens", "temperature"):
-            if name in body and name in said:
+            if name in body and name in told:
                 self._refused.add(name)
                 return True
         return False
@@ -242,11 +243,11 @@ class OpenAIBackend:
     def _refuse(self, e: Any) -> None:
         """Raise for what no repetition mends."""
         code = str(getattr(e, "code", "") or "")
-        spoken = any(f"{mark}{self.model}{mark}" in _said(e) for mark in "'\"`")
+        spoken = any(f"{mark}{self.model}{mark}" in said(e) for mark in "'\"`")
         named = e.status_code == 400 and ("model" in code or spoken) and not self._answered
         if e.status_code in _FATAL or code in _BROKE or named:
             why = _FATAL.get(
-                e.status_code, "the account is exhausted" if code in _BROKE else f"it refuses the model: {_said(e)}"
+                e.status_code, "the account is exhausted" if code in _BROKE else f"it refuses the model: {said(e)}"
             )
             raise UserError(self._place, f"{why} (HTTP {e.status_code}, model {self.model!r})", self._way_out) from None
 
@@ -296,40 +297,3 @@ def _import_openai() -> Any:
         raise UserError(
             'annotate.backend "openai"', "the openai client is not installed", "pip install 'mllm-fl[annotate]'"
         ) from None
-
-
-def read(reply: Any) -> tuple[str, str]:
-    """(why the answer is unusable or "", the text) of a chat completion."""
-    choices = getattr(reply, "choices", None)
-    if not choices:
-        return "reply without choices", ""
-    message = choices[0].message
-    text = printable(getattr(message, "content", None) or "")
-    if getattr(message, "refusal", None):
-        return "refused", ""
-    if choices[0].finish_reason == "length":
-        return "answer cut off at max_tokens", ""
-    if choices[0].finish_reason == "content_filter":
-        return "refused by a content filter", ""
-    return ("", text) if text.strip() else ("empty answer", "")
-
-
-def tokens(reply: Any, question: str, text: str) -> tuple[int, int]:
-    """(tokens in, tokens out) as the server counts them; about, by the length of the texts, where it does not."""
-    usage = getattr(reply, "usage", None)
-    if usage is not None:
-        return usage.prompt_tokens or 0, usage.completion_tokens or 0
-    return text_tokens(question), text_tokens(text)
-
-
-def _said(e: Any) -> str:
-    """What the server says in its refusal, in the forms of OpenAI and of FastAPI, or the raw text."""
-    body = getattr(e, "body", None)
-    if isinstance(body, dict):
-        body = body.get("message") or body.get("detail") or body.get("error") or body
-    return _short(body or getattr(e.response, "text", "") or e.message)
-
-
-def _short(problem: object) -> str:
-    words = " ".join(str(problem).split()) or type(problem).__name__
-    return words if len(words) <= 120 else words[:117] + "..."

@@ -6,9 +6,9 @@ a batch costs its own records and pictures. Decoded pictures are kept up to :dat
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,112 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mllm_fl.annotate.records import Record, parse
+from mllm_fl.annotate.records import Record
 from mllm_fl.data.decode import THREADS, fit, to_array, to_rgb
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
 from mllm_fl.models.teacher.conversation import Sample, encode
 from mllm_fl.models.teacher.llava import Blueprint
 from mllm_fl.seeds import stream
+from mllm_fl.stages.pretraining.reading import numbered, records_file
 
 KEEP = 256 << 20  # bytes of decoded pictures
-CHUNK = 1 << 20  # characters of JSON that are read at a time
 ROWS = 4096
-
-
-def records_file(corpus: Path) -> Path:
-    """The records of a corpus: its records.json, or the file itself.
-
-    Raises:
-        UserError: neither is there, or the corpus is unfinished.
-    """
-    if corpus.is_file():
-        return corpus
-    if (corpus / "records.json").is_file():
-        return corpus / "records.json"
-    unfinished = (corpus / "ledger.sqlite").exists()
-    problem = "the corpus is unfinished (no records.json)" if unfinished else "no corpus here (no records.json)"
-    raise UserError(corpus, problem, "run `mllm-fl annotate CONFIG`, or name the folder or file of a corpus")
-
-
-def entries(path: Path) -> Iterator[Any]:
-    """The entries of a JSON list, one after the other; the file is read in pieces.
-
-    Raises:
-        UserError: not a JSON list, or cut off.
-    """
-    decoder, text, at = json.JSONDecoder(), "", 0
-    way_out = "restore it, or annotate again: answers are in the ledger"
-    try:
-        with path.open(encoding="utf-8") as f:
-            head = f.read(1)
-            while head.isspace():
-                head = f.read(1)
-            if head != "[":
-                raise UserError(path, "holds no JSON list of records", "see LLaVA's chat.json for the form")
-            while True:
-                while at < len(text) and (text[at].isspace() or text[at] == ","):
-                    at += 1
-                if at < len(text) and text[at] == "]":
-                    return
-                try:
-                    entry, at = decoder.raw_decode(text, at)
-                except ValueError as e:
-                    more = f.read(CHUNK)
-                    if not more:
-                        raise UserError(path, f"cannot be read as JSON ({e})", way_out) from None
-                    text, at = text[at:] + more, 0
-                    continue
-                yield entry
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(path, f"cannot be read ({e})", way_out) from None
-
-
-def records(corpus: Path) -> Iterator[Record]:
-    """The checked records of a corpus, in order.
-
-    Raises:
-        UserError: an invalid record, two with one id, a picture that is missing or outside the folder, no record at all.
-    """
-    path = records_file(corpus)
-    root, ids, checked = path.parent.resolve(), set[str](), set[str]()
-    for i, entry in enumerate(entries(path)):
-        place = f"{path}: record {i + 1}"
-        record = parse(entry, place)
-        if record.id in ids:
-            raise UserError(place, f"id {record.id!r} occurs twice", "ids are unique")
-        ids.add(record.id)
-        if record.image not in checked:
-            target = (root / record.image).resolve()
-            if not target.is_relative_to(root):
-                raise UserError(place, f"image {record.image!r} leads out of the folder", "copy it into the folder")
-            if not target.is_file():
-                raise UserError(place, f"image {record.image!r} is missing", "restore it, or remove the record")
-            checked.add(record.image)
-        yield record
-    if not ids:
-        raise UserError(path, "holds no record", "annotate at least one picture")
-
-
-def digests(corpus: Path) -> dict[str, str]:
-    """SHA-256 of the records, and of the pictures' names and files: what a pretraining on this corpus depends on.
-
-    The same numbers as :meth:`mllm_fl.annotate.corpus.Corpus.digests`, without holding the corpus.
-    """
-    said, pictures, seen = hashlib.sha256(b"["), hashlib.sha256(), set[str]()
-    root = records_file(corpus).parent
-    for i, record in enumerate(records(corpus)):
-        said.update(((", " if i else "") + json.dumps(record.to_json())).encode())
-        if record.image not in seen:
-            seen.add(record.image)
-            try:
-                content = hashlib.sha256((root / record.image).read_bytes()).hexdigest()
-            except OSError as e:
-                problem = f"cannot be read ({e.strerror})"
-                raise UserError(root / record.image, problem, "restore it, or remove its records") from None
-            pictures.update(f"{record.image} {content}\n".encode())
-    said.update(b"]")
-    return {"records": said.hexdigest(), "pictures": pictures.hexdigest()}
+TEXTS = 4096  # conversations in tokens that are kept
 
 
 @dataclass(frozen=True)
@@ -165,15 +71,15 @@ def make_index(
             ("predicted", pa.int64()),
         ]
     )
-    pictures: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
+    written = Written(plan, max_tokens, form)
     part = file.with_name(f".{file.name}.part")
     with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for i, r in enumerate(records(corpus)):
-            sample = encode(plan, pairs(r), max_tokens, f"{corpus}: record {r.id}", form) if text else None
+        for i, (r, (picture, _)) in enumerate(numbered(corpus)):
+            sample = written.of(pairs(r), f"{corpus}: record {r.id}") if text else None
             rows.append(
                 {
-                    "id": r.id, "image": r.image, "turns": json.dumps([t.text for t in r.turns]), "picture": pictures.setdefault(r.image, len(pictures)),
+                    "id": r.id, "image": r.image, "turns": json.dumps([t.text for t in r.turns]), "picture": picture,
                     "tokens": len(sample.ids) if sample else 0, "predicted": sample.predicted if sample else 0,
                 }
             )  # fmt: skip
@@ -193,6 +99,25 @@ def open_index(corpus: Path, file: Path) -> Index:
     rows = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
     _, first = np.unique(rows.column("picture").to_numpy(), return_index=True)
     return Index(records_file(corpus).parent, rows, first)
+
+
+class Written:
+    """Conversations in tokens; the last :data:`TEXTS` different ones are kept, since short captions are often equal."""
+
+    def __init__(self, plan: Blueprint, max_tokens: int, form: Literal["chat", "plain"]) -> None:
+        self._plan, self._max_tokens, self._form = plan, max_tokens, form
+        self._kept: OrderedDict[tuple[tuple[str, str], ...], Sample] = OrderedDict()
+
+    def of(self, turns: Sequence[tuple[str, str]], place: str) -> Sample:
+        """See :func:`mllm_fl.models.teacher.conversation.encode`, which refuses by the name ``place``."""
+        key = tuple(turns)
+        sample = self._kept.pop(key, None)
+        if sample is None:
+            sample = encode(self._plan, turns, self._max_tokens, place, self._form)
+        self._kept[key] = sample
+        if len(self._kept) > TEXTS:
+            self._kept.popitem(last=False)
+        return sample
 
 
 def pairs(record: Record) -> list[tuple[str, str]]:
@@ -227,12 +152,13 @@ class Stream:
         max_tokens: int,
         form: Literal["chat", "plain"],
     ) -> None:
-        self.index, self.plan, self.seed, self.max_tokens, self.form = index, plan, seed, max_tokens, form
+        self.index, self.seed = index, seed
         picture = index.column("picture")
         self.rows = torch.from_numpy(index.first.copy() if pictures_only else np.arange(len(picture)))
         self.picture_of = torch.from_numpy(picture[self.rows.numpy()].copy())
         self.predicted = torch.from_numpy(index.column("predicted")[self.rows.numpy()].copy())
         self.pictures = len(index.first)
+        self._written = Written(plan, max_tokens, form)
         self._kept: dict[tuple[int, int], np.ndarray] = {}
         self._bytes = 0
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
@@ -268,7 +194,7 @@ class Stream:
         said = json.loads(self.index.value("turns", row))
         turns = list(zip(said[::2], said[1::2], strict=True))
         place = f"{self.index.root}: record {self.index.value('id', row)}"
-        return encode(self.plan, turns, self.max_tokens, place, self.form)
+        return self._written.of(turns, place)
 
     def decoded(self, pictures: Sequence[int], size: int) -> Tensor:
         """Pictures by their number, the shorter side at ``size`` pixels and the middle cut out: uint8 (n, 3, size, size)."""
