@@ -25,11 +25,6 @@ from mllm_fl.engines.reception import OWN, PARTITION, Site
 from mllm_fl.errors import UserError
 from mllm_fl.toml import read_toml
 
-QUIET = {  # Flower without telemetry, update check, and installing packages at run time
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
 NAME = "mllm-fl"  # of the connection in Flower's own config.toml
 
 

@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from mllm_fl.deployment.layout import QUIET, Layout, Node
+from mllm_fl.deployment.layout import Layout, Node
+from mllm_fl.engines.flower import QUIET
 from mllm_fl.errors import UserError
 
 Say = Callable[[str], None]

@@ -61,6 +61,18 @@ def client_failed(who: str, said: str, traceback: str, fields: dict[str, Any], o
     return UserError(who, said, "its traceback is in events.jsonl; mend the cause, and the same command resumes")
 
 
+def possible(config: EngineConfig) -> None:
+    """Nothing if this machine has what the engine needs: asked before anything is computed.
+
+    Raises:
+        UserError: what is missing, and the line to type.
+    """
+    if config.name == "flower-sim":
+        from mllm_fl.engines.flower import can_simulate
+
+        can_simulate()
+
+
 def open_engine(
     config: EngineConfig,
     task: Task,
@@ -76,6 +88,10 @@ def open_engine(
     if config.name == "flower":
         way_out = "start them: `mllm-fl deploy up --local --nodes 3 CONFIG` (docs/deploy.md)"
         raise UserError("federate.engine.name", "'flower' trains on other machines", way_out)
+    if config.name == "flower-sim":
+        from mllm_fl.engines.simulated import FlowerSimEngine
+
+        return FlowerSimEngine(config, task, algorithm, local, batch_norm, on_event)
     if config.name == "batched":
         from mllm_fl.engines.batched import BatchedEngine
 

@@ -14,7 +14,7 @@ class EngineConfig:
 
     ``name``: "serial" (one client after another, the reference), "parallel" (a worker process per core; the same bits), "batched" (all
     clients of a round as one tensor program, for a GPU), or "auto": parallel where the work is worth starting processes, else serial.
-    "flower" is what `mllm-fl deploy` runs on other machines.
+    "flower" is what `mllm-fl deploy` runs on other machines, "flower-sim" is Flower's own simulation on this one (the same bits; extra flower-sim).
     ``workers``: of the parallel engine; absent means all usable cores, shared between the runs of ``--jobs``. More than four a core
     are not started (the event "fewer workers" says so): their number changes no result.
     ``precision``: "fp32", or "bf16" for forward and backward passes under autocast (weights and sums stay float32). ``layout``: how
@@ -23,7 +23,7 @@ class EngineConfig:
     "auto" takes CUDA where there is one. There precision "tf32" rounds the factors of float32 products to 10 bits (on a CPU it is fp32).
     """
 
-    name: Literal["auto", "parallel", "serial", "batched", "flower"] = "auto"
+    name: Literal["auto", "parallel", "serial", "batched", "flower", "flower-sim"] = "auto"
     workers: int | None = None
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     layout: Literal["auto", "nchw", "channels_last"] = "auto"
@@ -31,7 +31,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for key, known in (
-            ("name", ("auto", "parallel", "serial", "batched", "flower")),
+            ("name", ("auto", "parallel", "serial", "batched", "flower", "flower-sim")),
             ("precision", ("auto", "fp32", "tf32", "bf16")),
             ("layout", ("auto", "nchw", "channels_last")),
             ("device", ("auto", "cpu", "cuda")),

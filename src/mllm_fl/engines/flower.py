@@ -1,16 +1,20 @@
 """Flower, and the only file that knows it: our messages over its Grid on the server, our answers in its ClientApp on the nodes.
 
-Only what Flower documents is used (``flwr.app``, ``flwr.serverapp``, ``flwr.clientapp``), by a round loop of our own: no Strategy. flwr is imported when it is needed, by the two
-processes that Flower itself starts.
+Only what Flower documents is used (``flwr.app``, ``flwr.serverapp``, ``flwr.clientapp``, ``flwr.simulation``), by a round loop of our own: no Strategy. flwr is imported when it is
+needed, by the two processes that Flower itself starts, or by the engine "flower-sim".
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
 from typing import Any
 
 from mllm_fl.engines.link import Answer, Link
@@ -33,6 +37,18 @@ WHY = {  # Flower's error codes, in words that say what happened to a node
 
 PATIENCE = 300.0
 """Seconds that one call to the SuperLink may take."""
+QUIET = {  # Flower without telemetry, update check, and installing packages at run time
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+RAY = {  # Ray without telemetry, and patient on a busy machine
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_raylet_start_wait_time_s": "600",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
 
 Handle = Callable[[str, Packed, Mapping[str, Any], int], Packed]
 """``handle(kind, packed, node_config, node_id)``: a node's answer to one message."""
@@ -43,8 +59,8 @@ Main = Callable[[Link, dict[str, Any], int], None]
 class GridLink:
     """Flower's Grid as a :class:`mllm_fl.engines.link.Link`."""
 
-    def __init__(self, grid: Any, patience: float = 0.0) -> None:
-        self.grid, self._begun = grid, 0.0
+    def __init__(self, grid: Any, patience: float = 0.0, check: Callable[[], None] = lambda: None) -> None:
+        self.grid, self._check, self._begun = grid, check, 0.0
         if patience:
             threading.Thread(target=self._watch, args=(patience, os.getppid()), daemon=True).start()
 
@@ -58,6 +74,7 @@ class GridLink:
 
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:
+        self._check()
         self._begun = time.monotonic()
         try:
             yield
@@ -154,6 +171,89 @@ def client_app(handle: Handle) -> Any:
     app.query("survey")(answering("survey"))
     app.train()(answering("train"))
     return app
+
+
+class Simulation:
+    """Flower's simulation of ``nodes`` nodes on this machine, in Ray's processes; a context manager that gives the line to them.
+
+    Node configuration: ``partition-id`` and ``num-partitions``. ``handle`` is sent to ``workers`` processes, so what it is made of can be imported there.
+    """
+
+    def __init__(self, handle: Handle, nodes: int, workers: int) -> None:
+        self.handle, self.nodes, self.workers = handle, nodes, workers
+        self._over, self._problem = threading.Event(), ""
+        self._opened: queue.Queue[Any] = queue.Queue()
+        self._before: dict[str, str | None] = {}
+        self._thread = threading.Thread(target=self._play, daemon=True, name="flower-sim")
+
+    def __enter__(self) -> GridLink:
+        can_simulate()
+        self._before = {k: os.environ.get(k) for k in (*QUIET, *RAY, "PYTHONPATH", "PYTHONBREAKPOINT")}
+        os.environ.update(QUIET)
+        os.environ.update({k: v for k, v in RAY.items() if k not in os.environ})
+        self._thread.start()
+        grid = self._opened.get()
+        if grid is None:
+            self.__exit__(None, None, None)
+            self._check()
+        return GridLink(grid, check=self._check)
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join(60)
+        for k, v in self._before.items():
+            os.environ.pop(k, None)
+            if v is not None:
+                os.environ[k] = v
+
+    def _check(self) -> None:
+        if self._problem:
+            way_out = (
+                'see /tmp/ray/session_latest/logs, or set federate.engine.name = "parallel"; the same command resumes'
+            )
+            raise UserError("flower-sim", f"Flower's simulation ended: {self._problem}", way_out)
+
+    def _play(self) -> None:
+        log = logging.getLogger("flwr")
+        level = log.level
+        try:
+            from flwr.serverapp import ServerApp
+            from flwr.simulation import run_simulation
+
+            app = ServerApp()
+
+            @app.main()  # type: ignore[untyped-decorator,unused-ignore]
+            def wait(grid: Any, context: Any) -> None:
+                self._opened.put(grid)
+                self._over.wait()
+
+            log.setLevel(logging.CRITICAL)
+            ray = {"num_cpus": self.workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            ray |= {"logging_level": logging.CRITICAL, "log_to_driver": False}
+            resources = {"num_cpus": 1, "num_gpus": 0.0}
+            config = {"init_args": ray, "client_resources": resources}
+            run_simulation(app, client_app(self.handle), self.nodes, backend_config=config)
+            self._problem = "" if self._over.is_set() else "it stopped by itself"
+        except BaseException as e:
+            cause: BaseException = e
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            self._problem = (str(cause).strip() or type(cause).__name__).splitlines()[0][:300]
+        finally:
+            log.setLevel(level)
+            self._over.set()
+            self._opened.put(None)
+
+
+def can_simulate() -> None:
+    """Nothing where Flower and Ray are installed.
+
+    Raises:
+        UserError: the line to type.
+    """
+    if missing := [name for name in ("flwr", "ray") if importlib.util.find_spec(name) is None]:
+        problem = f"'flower-sim' needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed here"
+        raise UserError("federate.engine.name", problem, "pip install 'mllm-fl[flower-sim]', or use \"parallel\"")
 
 
 def needs_flower() -> UserError:

@@ -9,6 +9,7 @@ from mllm_fl.algorithms.base import Task
 from mllm_fl.config import Config
 from mllm_fl.data.federation import Federation
 from mllm_fl.data.images import ImageSet
+from mllm_fl.engines.base import possible
 from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.probe import chosen
 from mllm_fl.models.network import Network
@@ -22,7 +23,12 @@ from mllm_fl.stages.shared import side_of
 
 
 def engine_of(config: Config, folder: Path, federation: Federation, network: Network) -> EngineConfig:
-    """``[federate.engine]`` with every "auto" decided: as the run in ``folder`` was begun, else by the probe of this chip."""
+    """``[federate.engine]`` with every "auto" decided: as the run in ``folder`` was begun, else by the probe of this chip.
+
+    Raises:
+        UserError: this machine lacks what the engine needs.
+    """
+    possible(config.federate.engine)
     begun = read_json(folder / "env.json").get("engine", {}) if (folder / "env.json").exists() else {}
     return chosen(config.federate.engine, network, side_of(federation), config.federate.local.batch_size, begun)
 
