@@ -77,8 +77,8 @@ def lm_loss(
     """The model's language-modelling loss with eq. (2) at the projector's input. Shape ().
 
     ``ids``, ``mask``, ``labels``: (n, t), right-padded, label -100 where nothing is predicted. ``student``: (n, grid * grid, width), row by row.
-    ``z``: g(X), where it was computed before; ``images``: uint8 (n, 3, h, h), where it was not. At alpha = 1 neither is needed if the
-    family is ``direct``, and CLIP is not run. Logits are formed only from the first predicted position on: the same loss, without
+    ``z``: g(X), where it was computed before (a ``direct`` family); ``images``: uint8 (n, 3, h, h), where it was not. At alpha = 1 neither is needed
+    if the teacher is ``blind``, and CLIP is not run. Logits are formed only from the first predicted position on: the same loss, without
     those of the image tokens. ``count``: see :func:`token_loss`.
     """
     family = teacher.family
@@ -86,12 +86,12 @@ def lm_loss(
     keep = torch.arange(max(first - 1, 0), ids.shape[1], device=ids.device)
     asked: dict[str, Any] = {"attention_mask": mask, "logits_to_keep": keep, "use_cache": False}
     asked |= marks(family.types, ids, labels, teacher.image_token)
-    by_hand = teacher.config.model_type == "llava"
-    if family.direct and (teacher.takes_features or by_hand) and (alpha == 1 or z is not None):
+    if teacher.blind and (alpha == 1 or (z is not None and family.direct)):
         packed = family.pack(student, teacher.config, teacher.place)
-        mixed = packed if z is None else blend(z, packed, alpha)  # eq. (2)
+        mixed = packed if alpha == 1 or z is None else blend(z, packed, alpha)  # eq. (2)
         if teacher.takes_features:
-            asked |= {"input_ids": ids, "mm_encoder_outputs": {"image": _encoded(teacher, mixed)}}
+            encoded, more = _encoded(teacher, mixed)
+            asked |= {"input_ids": ids, "mm_encoder_outputs": {"image": encoded}, **more}
         else:
             asked["inputs_embeds"] = teacher.embeddings(ids, mixed)
         logits = teacher.model(**asked).logits
@@ -103,9 +103,12 @@ def lm_loss(
     return token_loss(logits, labels[:, keep], count)
 
 
-def _encoded(teacher: LlavaTeacher, z: Tensor) -> Any:
-    """W Z_v (eq. 1) in the form in which the model hands its own image features on."""
+def _encoded(teacher: LlavaTeacher, z: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    """W Z_v (eq. 1) in the form in which the model hands its own image features on, and what else it asks for then."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    h = teacher.projector(z)
-    return BaseModelOutputWithPooling(pooler_output=list(h) if teacher.family.listed else h)
+    h, family = teacher.projector(z), teacher.family
+    if family.finish is not None:
+        each, more = family.finish(teacher.model, h, teacher.config, teacher.place)
+        return BaseModelOutputWithPooling(pooler_output=each), more
+    return BaseModelOutputWithPooling(pooler_output=list(h) if family.listed else h), {}

@@ -37,7 +37,8 @@ class Family:
     """How one ``model_type`` is laid out; see the module's text.
 
     ``direct``: the language model receives W Z_v row by row and nothing else of the picture, so that Z_v alone is enough, and CLIP is not
-    run at alpha = 1. ``listed``: its features travel as a list with an entry a picture. ``roles``: what stands before a question, between
+    run at alpha = 1. ``finish``, of the others: (model, W Z_v as packed, configuration, place) -> what stands in each picture's tokens, and what else
+    the model wants to know; CLIP is not run at alpha = 1 there either. ``listed``: its features travel as a list with an entry a picture. ``roles``: what stands before a question, between
     it and its answer, and after the answer (``{eos}``: the tokenizer's end token). ``settle``: makes configuration and processor see every
     picture as one square, where they would cut it into tiles.
     """
@@ -50,6 +51,7 @@ class Family:
     picture: Callable[[Any, int], str] = lambda processor, n: str(processor.image_token) * n
     settle: Callable[[Any, Any], None] = lambda config, processor: None
     pack: Callable[[Tensor, Any, Place], Tensor] = lambda tokens, config, place: tokens
+    finish: Callable[[Any, Tensor, Any, Place], tuple[list[Tensor], dict[str, Tensor]]] | None = None
     types: str | None = None  # the model's name of a marking of tokens, see `marks`
 
 
@@ -153,6 +155,23 @@ def _two_views(tokens: Tensor, config: Any, place: Place) -> Tensor:
     return tokens.repeat_interleave(place.views, 0)
 
 
+def _two_views_joined(model: Any, h: Tensor, config: Any, place: Place) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The picture, then its tile with an end-of-line token a row: by the model's own function."""
+    each = list(h.unflatten(0, (-1, place.views)))
+    size = torch.tensor([[place.side, place.side]] * len(each))
+    how = config.vision_feature_select_strategy
+    return model.model.pack_image_features(each, size, how, image_newline=model.model.image_newline)[0], {}
+
+
+def _qwen_raster(model: Any, h: Tensor, config: Any, place: Place) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Groups back from window by window to row by row, as the tower does behind its merger."""
+    merge, grid = int(config.vision_config.spatial_merge_size), place.grid
+    corner = qwen_order(config, grid).view(-1, merge * merge)[:, 0]  # a position of each group
+    group = corner // grid // merge * (grid // merge) + corner % grid // merge
+    each = h.unflatten(0, (-1, place.tokens))[:, group.argsort().to(h.device)]
+    return list(each), {"image_grid_thw": torch.tensor([[1, grid, grid]] * len(each), device=h.device)}
+
+
 def _no_tiles(config: Any, processor: Any) -> None:
     for switch in ("crop_to_patches", "do_image_splitting", "do_pan_and_scan"):
         if processor is not None and hasattr(processor.image_processor, switch):
@@ -193,7 +212,7 @@ _IDEFICS = Family(
 FAMILIES: dict[str, Family] = {
     "llava": Family(_llava, listed=True),
     "vipllava": Family(_vipllava, roles=("###Human: ", "###Assistant:", "{eos}")),
-    "llava_next": Family(_llava_next, direct=False, settle=_one_tile, pack=_two_views),
+    "llava_next": Family(_llava_next, direct=False, settle=_one_tile, pack=_two_views, finish=_two_views_joined),
     "internvl": Family(
         _internvl, roles=_CHATML, picture=_framed("start_image_token", "end_image_token"), settle=_no_tiles
     ),
@@ -208,7 +227,7 @@ FAMILIES: dict[str, Family] = {
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "qwen2_5_vl": Family(
-        _qwen2_5, "model.visual.merger", direct=False, roles=_CHATML, settle=_fixed_size, pack=_qwen_pack, types="multimodal",
+        _qwen2_5, "model.visual.merger", direct=False, roles=_CHATML, settle=_fixed_size, pack=_qwen_pack, finish=_qwen_raster, types="multimodal",
         picture=lambda p, n: f"<|vision_start|>{p.image_token * n}<|vision_end|>",
     ),
 }  # fmt: skip

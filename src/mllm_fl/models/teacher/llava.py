@@ -103,6 +103,13 @@ class LlavaTeacher(Blueprint):
         """Whether the model accepts projected features in the place of pictures (transformers 5.18 and later)."""
         return "mm_encoder_outputs" in inspect.signature(self.model.forward).parameters
 
+    @property
+    def blind(self) -> bool:
+        """Whether the loss at alpha = 1 is computed without the picture, and CLIP is not run."""
+        if self.takes_features:
+            return self.family.direct or self.family.finish is not None
+        return self.family.direct and self.config.model_type == "llava"
+
     def pictures(self, images: Tensor) -> dict[str, Tensor]:
         """The teacher's own view of square pictures uint8 (n, 3, h, h): what its image encoder takes, by name."""
         arrays: list[Any] = list(images.permute(0, 2, 3, 1).contiguous().numpy())

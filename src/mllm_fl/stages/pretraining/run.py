@@ -179,7 +179,7 @@ class Run:
         c = self.config
         text = self.world.share_of(c.lm_samples if c.lm_samples is not None else len(positions))
         alpha = alpha_at(c, step, self.steps)
-        needs = alpha != 1 or c.feature_mse > 0 or c.objective == "features" or not self.plan.family.direct
+        needs = alpha != 1 or c.feature_mse > 0 or c.objective == "features" or not self.learner.teacher.blind
         return self.stream.read(
             self.world.share(positions), text=text if c.objective == "lm" else 0, shown=needs and self.z is None
         )
