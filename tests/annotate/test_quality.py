@@ -160,7 +160,7 @@ def test_probes_are_half_about_what_is_there_and_never_wrong() -> None:
         assert (named in PHOTOS[p.image]["captions"][0]) is p.expected
     assert sum(p.expected for p in asked) == 100
     of = {
-        w: [p.question for p in probes.draw(PHOTOS, 2000) if p.way == w and p.image == "3.png"]
+        w: [p.question for p in probes.draw(PHOTOS, 6000) if p.way == w and p.image == "3.png"]
         for w in ("popular", "random")
     }
     share = {way: sum("ball" in q for q in questions) / len(questions) for way, questions in of.items()}
@@ -168,6 +168,18 @@ def test_probes_are_half_about_what_is_there_and_never_wrong() -> None:
         3 / 5, abs=0.12
     )  # by how often each is seen elsewhere: ball 3, cat 1, horse 1
     assert share["random"] == pytest.approx(1 / 3, abs=0.12)
+
+
+def test_adversarial_probes_name_what_is_most_often_seen_beside_what_is_there() -> None:
+    """A fork lies beside a knife three times and beside a cup once; the frog, most frequent of all, never does."""
+    beside = [["fork", "knife"]] * 3 + [["fork", "cup"]] + [["frog"]] * 9 + [["fork"]]
+    truths = {f"{i}.png": {"labels": things} for i, things in enumerate(beside)}
+    asked = [p for p in probes.draw(truths, 6000) if p.image == "13.png" and not p.expected]
+    named = {w: {p.question.split()[3] for p in asked if p.way == w} for w in probes.WAYS}
+    assert named["adversarial"] == {"knife"}
+    assert named["random"] == {"knife", "cup", "frog"} >= named["popular"] > {"frog"}
+    alone = [p.way for p in probes.draw(truths, 600) if p.image == "4.png" and not p.expected]
+    assert set(alone) == {"popular", "random"}  # nothing was ever seen beside a frog
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Yes/no questions about things that are and that are not in a picture, after POPE (Li et al. 2023, arXiv:2305.10355, §4).
 
-Half of the questions name a thing that is there; the others one that is not, drawn evenly ("random") or by how often it is seen elsewhere ("popular").
-POPE's third way, by co-occurrence, is left out. Known questions (easy-VQA) are asked in their own words.
+Half of the questions name a thing that is there; the others one that is not: drawn evenly ("random"), by how often it is seen elsewhere ("popular"), or
+the one that is seen most often together with what is there ("adversarial"). Known questions (easy-VQA) are asked in their own words.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ from mllm_fl.seeds import numpy_stream
 
 QUESTION = "Is there {} in the picture? Answer yes or no."
 VERSION = "probe-1"
+WAYS = ("popular", "random", "adversarial")
+"""How a thing that is not there is chosen, in turn."""
 Asker = Callable[[Sequence[tuple[Path, str]]], list[str | None]]
 """Answers (picture, question) pairs, None where there is no answer."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One question. ``expected``: whether "yes" is right; ``way``: present, random, popular or known."""
+    """One question. ``expected``: whether "yes" is right; ``way``: present, random, popular, adversarial or known."""
 
     image: str
     question: str
@@ -77,6 +80,7 @@ def draw(truths: Mapping[str, Mapping[str, Any]], count: int, seed: int = 0) -> 
         seen = Counter(t for i in images for t in things(truths[i]))
         names = list(SHAPES.things) if kind == "shape" else sorted(seen)
         weight = np.array([seen[n] for n in names], dtype=float)
+        together = Counter(pair for i in images for pair in permutations(things(truths[i]), 2))
         for n in range(count):
             image = images[int(rng.integers(len(images)))]
             there = things(truths[image])
@@ -91,8 +95,14 @@ def draw(truths: Mapping[str, Mapping[str, Any]], count: int, seed: int = 0) -> 
                     Probe(image, QUESTION.format(article(there[int(rng.integers(len(there)))])), True, "present", kind)
                 )
                 continue
-            way = "random" if n % 4 else "popular"
-            p = absent if way == "random" or not (absent * weight).any() else absent * weight
+            way = WAYS[n // 2 % len(WAYS)]
+            beside = absent * np.array([sum(together[t, name] for t in there) for name in names], dtype=float)
+            if way == "adversarial" and not beside.any():
+                way = "popular"  # nothing was ever seen beside these things
+            if way == "adversarial":
+                p = (beside == beside.max()).astype(float)
+            else:
+                p = absent if way == "random" or not (absent * weight).any() else absent * weight
             name = names[int(rng.choice(len(names), p=p / p.sum()))]
             out.append(Probe(image, QUESTION.format(article(name)), False, way, kind))
     return out
@@ -121,7 +131,7 @@ def score(kind: str, found: Sequence[tuple[Probe, bool | None]]) -> dict[str, An
     wanted = sum(p.expected for p, _ in found)
     precision, recall = hits / yes if yes else 0.0, hits / wanted if wanted else 0.0
     low, high = wilson(right, len(found))
-    ways = {w: [a is p.expected for p, a in found if p.way == w] for w in ("present", "random", "popular", "known")}
+    ways = {w: [a is p.expected for p, a in found if p.way == w] for w in ("present", *WAYS, "known")}
     return {
         "truth": kind, "asked": len(found), "accuracy": right / len(found), "low": low, "high": high, "precision": precision, "recall": recall,
         "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0, "yes": yes / len(found),
