@@ -2,8 +2,10 @@
 
 It stands in for a real multimodal LLM where none can be had, so that a corpus of thousands of real images is annotated, checked and reviewed
 through the same commands; what it says is often wrong, and the corpus card says how often. The vision tower is that of scripts/cifar_teacher.py (frozen). Projector
-and language model learn from three sources, by our own instructions (annotate/prompts.py): CIFAR-100's training images up to number 40,000 with sentences made
-from their labels, easy-VQA's 4,000 training images with their questions, Flickr8k's 6,000 training photos with their captions. The images that
+and language model learn from three sources: CIFAR-100's training images up to number 40,000 with sentences made
+from their labels, easy-VQA's 4,000 training images with their questions, Flickr8k's 6,000 training photos with their captions. As LLaVA they learn in two stages:
+the picture and then its caption, without an instruction (``--plain`` steps of 64: short texts, where most of the time goes into learning to look), then our own
+instructions (annotate/prompts.py; ``--steps`` of 16). Without the first stage it wrote one sentence under most pictures: docs/LOG.md. The images that
 scripts/open_corpus.py annotates are none of these.
 """
 
@@ -170,7 +172,9 @@ def photos(root: Path) -> Source:
 
 
 def sample(source: Source, i: int, kind: str, draw: Draw) -> tuple[str, str]:
-    """(prompt in LLaVA's plain form with one <image>, answer) of a picture."""
+    """(prompt in LLaVA's form with one <image>, answer) of a picture; of the kind "plain" the picture alone, and its caption."""
+    if kind == "plain":
+        return IMAGE, f" {source.say(i, 'caption', draw)[1]}"
     question, answer = source.say(i, kind, draw)
     system = ""
     if kind != "probe":
@@ -228,16 +232,16 @@ def build(clip: Any, tokenizer: Any, seed: int) -> Any:
 
 
 def train(
-    model: Any, tokenizer: Any, sources: list[Source], share: list[float], steps: int, batch: int, seed: int
-) -> list[float]:
-    """AdamW 2e-3, cosine with warm-up, bf16 autocast; returns the mean loss of each 100 steps."""
+    model: Any, tokenizer: Any, sources: list[Source], share: list[float], kinds: tuple[str, ...], steps: int, batch: int, seed: int
+) -> list[float]:  # fmt: skip
+    """AdamW 2e-3, cosine with warm-up, bf16 autocast; returns the mean loss of each 50 steps."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trainable, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.95))
-    draw, flips = numpy_stream(seed, "open annotator batches"), stream(seed, "open annotator flips")
+    draw, flips = numpy_stream(seed, "open annotator batches", *kinds), stream(seed, "open annotator flips", *kinds)
     log, losses, started = [], [], time.perf_counter()
     model.train()
     for step in range(steps):
-        kind = KINDS[int(draw.integers(len(KINDS)))]  # one kind a batch: texts of similar length
+        kind = kinds[int(draw.integers(len(kinds)))]  # one kind a batch: texts of similar length
         ids, x, longest = [], [], 0
         for s in draw.choice(len(sources), size=batch, p=share):
             i = int(draw.integers(len(sources[s].pictures)))
@@ -270,7 +274,7 @@ def train(
         if (step + 1) % 50 == 0:
             log.append(round(sum(losses[-50:]) / 50, 4))
             print(
-                f"step {step + 1}/{steps} loss {log[-1]} seconds {time.perf_counter() - started:.0f}",
+                f"{kinds[0]} {step + 1}/{steps} loss {log[-1]} seconds {time.perf_counter() - started:.0f}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -284,7 +288,8 @@ def main() -> None:
     p.add_argument(
         "--tower", default="runs/cifar-clip", help="a CLIP by scripts/cifar_teacher.py (default: runs/cifar-clip)"
     )
-    p.add_argument("--steps", type=int, default=420)
+    p.add_argument("--plain", type=int, default=500, help="steps of 64 pictures with their captions alone, first")
+    p.add_argument("--steps", type=int, default=300, help="steps of --batch pictures with instructions")
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
@@ -306,8 +311,10 @@ def main() -> None:
     )
     tokenizer = make_tokenizer(texts)
     model = build(clip.model, tokenizer, args.seed)
-    started = time.perf_counter()
-    log = train(model, tokenizer, sources, [0.45, 0.2, 0.35], args.steps, args.batch, args.seed)
+    started, spent = time.perf_counter(), time.process_time()
+    share = [0.45, 0.2, 0.35]
+    log = train(model, tokenizer, sources, share, ("plain",), args.plain, 64, args.seed) if args.plain else []
+    log += train(model, tokenizer, sources, share, KINDS, args.steps, args.batch, args.seed)
     processor = LlavaProcessor(
         image_processor=clip.processor, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", image_token=IMAGE,
         num_additional_image_tokens=1,
@@ -318,8 +325,8 @@ def main() -> None:
     processor.save_pretrained(new)
     card = {
         "taught by": "CIFAR-100 train rows 0-39,999 (labels), easy-VQA train (questions), Flickr8k train (captions)", "tower": clip.fingerprint,
-        "prompts": {k: v.version for k, v in INSTRUCT.items() if k in KINDS}, "steps": args.steps, "batch": args.batch, "seed": args.seed,
-        "loss per 50 steps": log, "seconds": round(time.perf_counter() - started), "torch": torch.__version__,
+        "prompts": {k: v.version for k, v in INSTRUCT.items() if k in KINDS}, "plain steps": args.plain, "steps": args.steps, "batch": args.batch, "seed": args.seed,
+        "loss per 50 steps": log, "seconds": round(time.perf_counter() - started), "cpu seconds": round(time.process_time() - spent), "torch": torch.__version__,
     }  # fmt: skip
     (new / "CARD.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(args.out, ignore_errors=True)
