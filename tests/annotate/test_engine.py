@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mllm_fl.annotate import engine
 from mllm_fl.annotate.backends.base import Deliver, Request
 from mllm_fl.annotate.engine import Limits, Meter, Question, ask, duration
 from mllm_fl.annotate.ledger import Entry, Key, Ledger
@@ -183,3 +184,33 @@ def test_tokens_are_guessed_by_tiles_and_letters() -> None:
     assert image_tokens(512, 512) == 85 + 170
     assert image_tokens(1024, 512) == image_tokens(2048, 1024, max_side=1024) == 85 + 2 * 170
     assert request_tokens("abcd", ("abcdefgh", "ab"), 100) == (1 + 2 + 100 + 12) + (1 + 1 + 100 + 12)
+
+
+def test_failures_in_a_row_are_counted_anew_after_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "FAILING", 3)
+    backend = Stream(lambda n, r: fine(n, r) if n % 3 == 0 else Entry(error="HTTP 500"), window=1)
+    with Ledger(tmp_path / "l") as ledger:
+        assert len(ask(questions(9), ledger, backend).failed) == 6  # two, an answer, two, an answer, ...
+        with pytest.raises(UserError, match="3 answers in a row failed, the last with: HTTP 500"):
+            ask(questions(40)[9:], ledger, Stream(lambda n, r: Entry(error="HTTP 500"), window=1))
+
+
+def test_claims_are_renewed_while_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute passes with each answer: the claim of what still waits is as young as the last answer."""
+    signs: list[float] = []
+    monkeypatch.setattr(engine, "_RENEW", -1.0)
+    with Ledger(tmp_path / "l") as ledger:
+        monkeypatch.setattr(ledger, "renew", lambda: signs.append(0.0))
+        ask(questions(5), ledger, Stream(fine))
+    assert len(signs) == 5
+
+
+def test_records_that_failed_without_a_call_do_not_make_the_others_cheaper() -> None:
+    meter = Meter(None)
+    for _ in range(3):
+        meter.saw(Entry(error="no connection"))
+    meter.saw(Entry(("x",), requests=1))
+    assert meter.calls(8) == 8  # not two
+    for _ in range(8):
+        meter.saw(Entry(("x",), requests=3))
+    assert meter.calls(8) == round(8 * 25 / 12)

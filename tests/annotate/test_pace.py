@@ -93,6 +93,26 @@ def test_nobody_enters_before_retry_after_and_never_more_than_the_limit(monkeypa
     asyncio.run(story())
 
 
+def test_the_longest_pause_counts_and_tokens_that_were_not_used_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, real = Clock(), asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        clock.now += seconds
+        await real(0)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+
+    async def story() -> None:
+        pace = Pace(2, tokens_per_minute=60, clock=clock)  # one a second
+        pace.pushed_back(began=0.0, retry_after=9.0)
+        pace.pushed_back(began=0.0, retry_after=2.0)  # another's shorter pause does not end the longer one
+        assert await pace.enter(30) == 9.0
+        await pace.leave(30, used=10)  # ten of the thirty, a tenth of a second's saved up
+        assert await pace.enter(1) == pytest.approx(9.0 + 9.9)
+
+    asyncio.run(story())
+
+
 def test_retry_after_is_read_in_all_its_forms() -> None:
     assert retry_after({"retry-after": "3"}) == 3
     assert retry_after({"retry-after-ms": "250", "retry-after": "3"}) == 0.25
