@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,14 +45,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def steady(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: Flower gives up when its database has been locked for five seconds, which a busy disk can do to it."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    folder = Path(tempfile.mkdtemp(prefix="mllm-fl-", dir=memory))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    """See :func:`tests.deployment.real.memory`."""
+    from tests.deployment.real import memory
+
+    with memory(tmp_path) as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,8 +53,22 @@ class Federation:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def run(self, **values: Any) -> tuple[Path, str]:
-        return follow.start(self.made, follow.settings_of(self.made, **values), self.say)
+    def run(self, **values: Any) -> Watch:
+        return Watch(self, *follow.start(self.made, follow.settings_of(self.made, **values), self.say))
+
+
+@contextlib.contextmanager
+def memory(otherwise: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: Flower gives up when its database has been locked for five seconds, which a busy disk can do to it."""
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        yield otherwise
+        return
+    folder = Path(tempfile.mkdtemp(prefix="mllm-fl-", dir=shared))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def until(what: Callable[[], Any], seconds: float = 1800.0) -> Any:
@@ -80,30 +97,54 @@ def in_round(path: Path, t: int, site: str = "") -> bool:
     return now.get("kind") == "train" and now.get("round") == t and (site in late if site else bool(late))
 
 
-def strike(path: Path, t: int, site: str, hit: Callable[[], bool]) -> float:
-    """Wait for the middle of round ``t`` and hit; when that was, in seconds since 1970."""
+class Watch(threading.Thread):
+    """Watches a run to its end and does what the line says when it stops, as its operator would. ``final``: final.json's content; ``lines``: why it stopped.
 
-    def struck() -> bool:
-        if "stopped" in status(path) or (path / "final.json").exists():
-            raise AssertionError(f"over before it was struck: {status(path)}")
-        return in_round(path, t, site) and hit()
+    A machine may be too busy for Flower, whose SuperLink then stops the run before anybody was killed.
+    """
 
-    until(struck)
-    return time.time()
+    def __init__(self, fed: Federation, path: Path, number: str) -> None:
+        super().__init__(daemon=True)
+        self.fed, self.path, self.number = fed, path, number
+        self.lines: list[str] = []
+        self.final: dict[str, Any] | None = None
+        self.problem: BaseException | None = None
+        self.start()
 
-
-def carried_on(fed: Federation, path: Path, number: str) -> tuple[dict[str, Any], list[str]]:
-    """Watch the run to its end, and do what the line says when it stops: final.json's content, and the lines."""
-    lines: list[str] = []
-    while True:
+    def run(self) -> None:
         try:
-            return follow.follow(fed.made, path, number, fed.say), lines
-        except UserError as e:
-            lines.append(str(e))
-            if len(lines) > 3 or f"mllm-fl deploy resume {path}" not in str(e):
-                raise
-            _, there, number = follow.resume(path, fed.say)
-            assert there == path
+            while self.final is None:
+                try:
+                    if self.lines:
+                        until(lambda: control.ready(self.fed.made))
+                        _, _, self.number = follow.resume(self.path, self.fed.say)
+                    self.final = follow.follow(self.fed.made, self.path, self.number, self.fed.say)
+                except UserError as e:
+                    self.lines.append(str(e))
+                    if len(self.lines) > 9:
+                        raise
+        except BaseException as e:
+            self.problem = e
+
+    def strike(self, t: int, site: str, hit: Callable[[], bool]) -> float:
+        """Wait for the middle of round ``t`` and hit; when that was, in seconds since 1970."""
+
+        def struck() -> bool:
+            if not self.is_alive():
+                raise AssertionError(f"over before it was struck: {self.problem or self.final}")
+            fresh = time.time() - float(status(self.path).get("time", 0)) < 20
+            return fresh and in_round(self.path, t, site) and hit()
+
+        until(struck)
+        return time.time()
+
+    def end(self) -> dict[str, Any]:
+        """final.json's content, when it is there."""
+        self.join(3600)
+        if self.problem is not None:
+            raise self.problem
+        assert self.final is not None, "the run does not end"
+        return self.final
 
 
 def sent_again(path: Path, t: int) -> float:
@@ -121,12 +162,12 @@ def differing(a: Path, b: Path) -> int:
 def kill(kept: processes.Kept, word: str | None = None) -> bool:
     """SIGKILL to the process itself, or to the one below it whose command has ``word``; False where there is none now."""
     assert kept.process is not None
-    if word is None:
-        os.kill(kept.process.pid, signal.SIGKILL)
-        return True
-    found = [p for p, command in processes.below(kept.process.pid) if word in command]
-    for p in found:
-        os.kill(p, signal.SIGKILL)
+    found = [kept.process.pid] if word is None else [p for p, c in processes.below(kept.process.pid) if word in c]
+    try:
+        for p in found:
+            os.kill(p, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
     return bool(found)
 
 
