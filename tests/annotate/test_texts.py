@@ -75,6 +75,25 @@ def test_repetition_within_an_answer_and_over_all_answers() -> None:
     assert texts.repetition(record("1", "a.png", "Yes.", "Yes.")) is None
 
 
+def test_a_phrase_that_returns_in_a_long_answer_is_no_loop() -> None:
+    """Three times four words are a third of 36: one word fewer around them is too much, many more are well."""
+    phrase, words = "on the left side", [f"word{i}" for i in range(60)]
+
+    def answer(n: int) -> str:
+        around = words[: n - 12]
+        return " ".join([phrase, *around[::2], phrase, *around[1::2], phrase])
+
+    assert texts.repetition(record("1", "a.png", answer(35))) == "'on the left side' 3 times"
+    assert texts.repetition(record("1", "a.png", answer(36))) is None
+
+
+def test_another_language_must_be_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = record("1", "a.png", "Twenty letters and a few more.")
+    for sure, want in ((0.89, None), (0.9, "fr with probability 0.90")):
+        monkeypatch.setattr(texts, "detector", lambda sure=sure: lambda text: ("fr", sure))
+        assert texts.language(said, "en") == want
+
+
 def test_length_counts_the_words_of_all_answers() -> None:
     r = record("1", "a.png", "one two three", "four")
     assert texts.length(r, 4, 4) is None
