@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,36 +15,58 @@ from mllm_fl.atomic import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 DID = {
-    "a client's process": "the SuperLink noticed; the round was played again",
-    "a SuperNode": "its supervisor started it again, the server noticed; the round was played again",
+    "a client's process": "Flower said so; the round was played again",
+    "a SuperNode": "its supervisor started it again until the SuperLink took it; the round was played again",
     "the ServerApp": "`mllm-fl deploy resume`",
     "the SuperLink": "its supervisor started it again, the sites came back by themselves; `mllm-fl deploy resume`",
+    "the SuperLink's executor": "its supervisor missed it and started the SuperLink again; `mllm-fl deploy resume`",
 }
 
 
 def faults(rows: list[dict[str, Any]]) -> str:
-    """The last measurement of each fault."""
+    """The last measurement of each fault, and where it was measured."""
     last = {r["killed"]: r for r in rows if "killed" in r}
     lines = [
-        "| SIGKILL in the middle of a round to | what the federation did | seconds until the run had gone on to its end | bytes lost |",
+        "| SIGKILL in the middle of a round to | what the federation did | seconds until the round's messages were sent again | bytes lost |",
         "|---|---|---|---|",
     ]
     lines += [f"| {k} | {DID[k]} | {last[k]['seconds']:.0f} | {last[k]['bytes_lost']} |" for k in DID if k in last]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *measured([last[k] for k in DID if k in last])])
 
 
 def cost(rows: list[dict[str, Any]]) -> str:
     """The last measurement of each number of nodes, with and without a worker."""
     last = {(r["nodes"], r["worker"]): r for r in rows if "seconds_a_round" in r}
     lines = [
-        "| nodes on one machine | process that stays | median seconds a round | rounds | load average |",
-        "|---|---|---|---|---|",
+        "| nodes on one machine | a process for every message | a process that stays | rounds |",
+        "|---|---|---|---|",
     ]
-    for (nodes, worker), r in sorted(last.items()):
-        lines.append(
-            f"| {nodes} | {'yes' if worker else 'no'} | {r['seconds_a_round']:.1f} | {r['rounds']} | {r['load']:.1f} |"
-        )
-    return "\n".join(lines)
+    for nodes in sorted({n for n, _ in last}):
+        pair = [last.get((nodes, worker)) for worker in (False, True)]
+        said = [
+            f"{r['seconds_a_round']:.1f} s ({min(r['seconds'][1:]):.1f} to {max(r['seconds'][1:]):.1f})" if r else ""
+            for r in pair
+        ]
+        lines.append(f"| {nodes} | {' | '.join(said)} | {max(r['rounds'] for r in pair if r)} |")
+    return "\n".join([*lines, "", "Median (and range) of seconds a round.", *measured(list(last.values()))])
+
+
+def measured(rows: list[dict[str, Any]]) -> list[str]:
+    """One sentence about machine, commits and what else ran."""
+    if not rows:
+        return []
+    commits = ", ".join(dict.fromkeys(str(r["commit"])[:9] for r in rows))
+    loads = sorted(r["load"] for r in rows)
+    machine = ", ".join(dict.fromkeys(f"{r['processor']}, {r['cores']} cores" for r in rows))
+    return [f"{machine}; commit {commits}; load average {loads[0]:.1f} to {loads[-1]:.1f}."]
+
+
+def filled(text: str, rows: list[dict[str, Any]]) -> str:
+    """The page with both tables in their places."""
+    for name, table in (("faults", faults(rows)), ("cost", cost(rows))):
+        before, _, rest = text.partition(f"<!-- {name} -->")
+        text = f"{before}<!-- {name} -->\n\n{table}\n\n<!-- /{name} -->{rest.partition(f'<!-- /{name} -->')[2]}"
+    return text
 
 
 def main() -> int:
@@ -59,11 +80,8 @@ def main() -> int:
         return 2
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     page = ROOT / "docs" / "deploy.md"
-    old = text = page.read_text()
-    for name, table in (("faults", faults(rows)), ("cost", cost(rows))):
-        text = re.sub(
-            rf"<!-- {name} -->.*?<!-- /{name} -->", f"<!-- {name} -->\n\n{table}\n\n<!-- /{name} -->", text, flags=re.S
-        )
+    old = page.read_text()
+    text = filled(old, rows)
     if check:
         return int(text != old)
     write_atomic(page, text.encode())
