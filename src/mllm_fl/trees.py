@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 Tree = dict[str, Tensor]
+SMALL = 1 << 16
+"""Numbers up to which a leaf is summed together with others."""
 
 
 def clone(a: Mapping[str, Tensor]) -> Tree:
@@ -66,14 +68,23 @@ def weighted_mean(items: Iterable[tuple[float, Mapping[str, Tensor]]]) -> Tree:
     total = 0.0
     acc: Tree = {}
     dtypes: dict[str, torch.dtype] = {}
+    room: Tree = {}  # for the terms of small leaves
     for weight, a in items:
         total += weight
+        again = [k for k in a if k in room]
         for k, v in a.items():
-            term = v.detach().to(torch.float64) * weight
-            if k in acc:
-                acc[k] += term
-            else:
-                acc[k], dtypes[k] = term, v.dtype
+            if k not in room:
+                term = v.detach().to(torch.float64, copy=True).mul_(weight)
+                if k in acc:
+                    acc[k] += term
+                else:
+                    acc[k], dtypes[k] = term, v.dtype
+        if again:  # the same products and sums in three calls in place of three a leaf
+            terms = [room[k] for k in again]
+            torch._foreach_copy_(terms, [a[k].detach() for k in again])
+            torch._foreach_mul_(terms, weight)
+            torch._foreach_add_([acc[k] for k in again], terms)
+        room |= {k: torch.empty_like(acc[k]) for k in a if k not in room and acc[k].numel() <= SMALL}
     if not acc or total <= 0:
         raise ValueError("weighted_mean: no trees, or weights that sum to zero")
     return {

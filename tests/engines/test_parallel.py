@@ -27,6 +27,7 @@ from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.local import LocalConfig
 from mllm_fl.engines.parallel import ParallelEngine
 from mllm_fl.engines.pool import Pool
+from mllm_fl.engines.process import Process
 from mllm_fl.engines.serial import SerialEngine
 from mllm_fl.errors import UserError
 from mllm_fl.trees import Tree, digest, prefixed
@@ -110,6 +111,27 @@ def test_a_worker_that_dies_costs_nothing_but_time_and_the_event_names_client_ro
         assert play(engine, method, world) == serially(Remembers(), world)
     cause = "SIGKILL, as when memory runs out"
     assert told == [("worker died", {"client": 1, "round": 2, "cause": cause})]
+
+
+def test_the_next_quick_client_lies_ready_and_a_long_one_stays_for_whoever_is_free(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, method, send = toy.world(), Remembers(), Process.give
+    had: list[int] = []
+
+    def give(process: Process, packed: bytes) -> None:
+        had.append(len(process.under))
+        send(process, packed)
+
+    monkeypatch.setattr(Process, "give", give)
+    for quick, most in ((1e9, 2), (0.0, 1)):
+        monkeypatch.setattr("mllm_fl.engines.process.QUICK", quick)
+        with ParallelEngine(EngineConfig(), world.task, method, LOCAL, pool=pool) as engine:
+            engine.evaluate(world.w, world.test)  # a worker's last job says how long its next may take
+            for _ in range(3):
+                list(engine.clients(Broadcast(world.w, {}), [world.shard(k, 1, ()) for k in (0, 1, 2) * 3], {}))
+            assert max(had[-9:]) == most
+            assert play(engine, method, world) == serially(method, world)
 
 
 def test_two_deaths_over_one_client_stop_the_run(tmp_path: Path, pool: Pool) -> None:

@@ -27,6 +27,14 @@ from mllm_fl.data.images import ImageSet, MemoryPixels, Pixels, Selected
 
 INLINE = 1 << 20  # bytes up to which images travel with their message
 _SIZE = struct.Struct("<Q")
+_ZEROS = bytes(64)
+_NUMPY = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.int64: np.int64,
+    torch.uint8: np.uint8,
+    torch.bool: np.bool_,
+}
 _attached: dict[int, Pixels] = {}  # in a worker: the pixels that were sent to it, by number
 
 
@@ -34,12 +42,23 @@ _reading = threading.local()  # ``data``: the message that this thread unpacks
 
 
 def _tensor(at: int, dtype: torch.dtype, shape: tuple[int, ...], parameter: bool) -> Tensor:
-    count = math.prod(shape)
-    if count:
+    if dtype in _NUMPY:  # a third quicker than torch.frombuffer, and a round of small clients has many leaves
+        found = torch.from_numpy(np.ndarray(shape, _NUMPY[dtype], _reading.data, at)).clone()
+    elif count := math.prod(shape):
         found = torch.frombuffer(_reading.data, dtype=dtype, count=count, offset=at).view(shape).clone()
     else:
         found = torch.empty(shape, dtype=dtype)
     return nn.Parameter(found, requires_grad=found.is_floating_point()) if parameter else found
+
+
+def _bytes_of(v: Tensor) -> Any:
+    """What ``bytes.join`` takes: the numbers of a detached tensor, contiguous."""
+    if not (v.is_cpu and v.is_contiguous()):
+        v = v.cpu().contiguous()
+    try:
+        return v.numpy()
+    except TypeError:  # NumPy has no such numbers
+        return v.view(-1).view(torch.uint8).numpy()
 
 
 def _pixels(number: int) -> Pixels:
@@ -57,12 +76,13 @@ class _Packer(ForkingPickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Tensor):
-            at, size = self.at, obj.numel() * obj.element_size()
+            at, size = self.at, obj.nbytes
             if size:
-                flat = obj.detach().cpu().contiguous().view(-1).view(torch.uint8)
-                self.tensors += [flat.numpy().data, b"\0" * (-size % 64)]
+                self.tensors.append(_bytes_of(obj.detach()))
+                if size % 64:
+                    self.tensors.append(_ZEROS[size % 64 :])
                 self.at += size + -size % 64
-            return _tensor, (at, obj.dtype, tuple(obj.shape), isinstance(obj, nn.Parameter))
+            return _tensor, (at, obj.dtype, tuple(obj.shape), type(obj) is not Tensor and isinstance(obj, nn.Parameter))
         if id(obj) in self.numbers:
             self.used.add(self.numbers[id(obj)])
             return _pixels, (self.numbers[id(obj)],)

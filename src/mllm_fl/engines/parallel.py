@@ -19,7 +19,8 @@ from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.cores import workers_allowed
 from mllm_fl.engines.evaluate import BATCH
 from mllm_fl.engines.local import LocalConfig
-from mllm_fl.engines.pool import Failed, Job, Pool
+from mllm_fl.engines.pool import Pool
+from mllm_fl.engines.process import Failed, Job
 from mllm_fl.engines.worker import Setup
 from mllm_fl.errors import UserError
 from mllm_fl.metrics import Evaluation

@@ -3,107 +3,16 @@
 from __future__ import annotations
 
 import heapq
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from typing import IO, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mllm_fl.data.images import ImageSet
 from mllm_fl.engines import channel
+from mllm_fl.engines.process import Failed, Job, Process
 from mllm_fl.errors import UserError
 
-_START = (
-    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    "from mllm_fl.engines.worker import main; main({fd}, {life})"
-)
 _FIRST = 1 << 62  # the size of a job that somebody waits for
-ENVIRONMENT = {  # freed memory is kept for the next step instead of being given back and faulted in again
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
-
-
-@dataclass
-class Job:
-    """One client to train or to ask, or some images to test.
-
-    ``keep``: (kind, number) of each thing that it has in common with others, see :meth:`Pool.common`. ``size``: larger ones are
-    begun first. ``who``: the words for it; ``fields``: those of an event about it.
-    """
-
-    kind: str
-    args: tuple[Any, ...]
-    keep: tuple[tuple[str, int], ...]
-    size: int
-    who: str
-    fields: dict[str, Any]
-    died: list[int] = field(default_factory=list)
-    batch: int = 0
-    number: int = 0
-
-
-class Failed(Exception):
-    """A job raised in its worker; ``kind``: "failed", "refused" (a UserError) or "broken" (it cannot be read there).
-
-    ``traceback`` is what Python said there.
-    """
-
-    def __init__(self, job: Job, kind: str, said: str, traceback: str) -> None:
-        super().__init__(said)
-        self.job, self.kind, self.said, self.traceback = job, kind, said, traceback
-
-
-class _Process:
-    """A worker as its parent sees it."""
-
-    def __init__(self) -> None:
-        ours, theirs = Pipe(duplex=True)
-        read, self.life = os.pipe()
-        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        self.conn: Connection = ours
-        self.has: set[int] = set()
-        self.kept: dict[str, int] = {}
-        path = os.pathsep.join([p for p in sys.path if p])
-        env = os.environ | ENVIRONMENT | {"PYTHONPATH": path}
-        code = _START.format(fd=theirs.fileno(), life=read)
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code], env=env, pass_fds=(theirs.fileno(), read),
-                stdin=subprocess.DEVNULL, stdout=self.errors, stderr=self.errors,
-            )  # fmt: skip
-        finally:
-            theirs.close()
-            os.close(read)
-
-    def cause(self) -> str:
-        """Why it ended, in words: the signal, or the last line that it wrote."""
-        status = self.process.wait()
-        if status < 0:
-            name = signal.Signals(-status).name
-            return f"{name}, as when memory runs out" if name == "SIGKILL" else name
-        self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").strip().splitlines()
-        return f"status {status}" + (f", {lines[-1]}" if lines else "")
-
-    def end(self) -> None:
-        self.process.kill()
-        if self.life >= 0:
-            os.close(self.life)
-        self.life = -1
-
-    def release(self) -> None:
-        self.process.wait()
-        self.conn.close()
-        self.errors.close()
 
 
 class Pool:
@@ -122,7 +31,7 @@ class Pool:
         self._order: list[tuple[int, int]] = []  # a heap of (-size, number); those that no longer wait are passed over
         self._answers: dict[int, Any] = {}
         self._common: dict[str, tuple[int, bytes, set[int]]] = {}
-        self._processes: list[_Process | None] = [None] * workers
+        self._processes: list[Process | None] = [None] * workers
         self._threads: list[threading.Thread] = []
         self._broken: BaseException | None = None
         self._closing = False
@@ -217,8 +126,8 @@ class Pool:
     def _pack(self, message: tuple[Any, ...]) -> tuple[bytes, set[int]]:
         return channel.pack(message, self.shelf.numbers)
 
-    def _next(self, i: int) -> Job | None:
-        """The job that worker ``i`` is to do: the largest that did not kill it before; waits for one. None: no more."""
+    def _next(self, i: int, wait: bool) -> Job | None:
+        """The job that worker ``i`` is to do: the largest that did not kill it before. None: there is none, for good if ``wait``."""
         with self._changed:
             while not self._closing:
                 left: list[tuple[int, int]] = []
@@ -233,7 +142,7 @@ class Pool:
                         job = self._waiting.pop(entry[1])
                 for entry in left:
                     heapq.heappush(self._order, entry)
-                if job is not None:
+                if job is not None or not wait:
                     return job
                 self._changed.wait()
         return None
@@ -257,17 +166,17 @@ class Pool:
                             return
                         continue
                 failed_starts = 0
-                job = self._next(i)
-                if job is None:
-                    return
                 try:
-                    self._told(i, job, self._asked(process, job))
+                    self._fill(i, process)
+                    if not process.under:
+                        return
+                    self._told(i, *process.answer())
                 except (EOFError, OSError):
                     process.end()
                     cause = process.cause()
                     process.release()
+                    self._died(i, list(process.under), cause)
                     process = None
-                    self._died(i, job, cause)
         except BaseException as e:  # a job that cannot be packed, for example
             self._fail(e)
         finally:
@@ -275,12 +184,12 @@ class Pool:
                 process.end()
                 process.release()
 
-    def _started(self, i: int) -> _Process | None:
+    def _started(self, i: int) -> Process | None:
         """A process that is ready; None if it ended before."""
         with self._changed:
             if self._closing:
                 return None
-            process = self._processes[i] = _Process()
+            process = self._processes[i] = Process()
         try:
             channel.receive(process.conn)  # "ready"
         except (EOFError, OSError):
@@ -293,23 +202,37 @@ class Pool:
             return None
         return process
 
-    def _hand(self, process: _Process, packed: bytes, used: set[int]) -> None:
+    def _fill(self, i: int, process: Process) -> None:
+        """Give the worker what it should have; without a job, wait for one. It has none afterwards if there will be none."""
+        while len(process.under) < process.depth:
+            job = self._next(i, wait=not process.under)
+            if job is None or not self._given(i, process, job):
+                return
+
+    def _given(self, i: int, process: Process, job: Job) -> bool:
+        """Send a job and what it needs; False where it cannot be sent yet, and waits again."""
+        missing = [(kind, number, *self._common[kind]) for kind, number in job.keep if process.kept.get(kind) != number]
+        for kind, number, current, _, _ in missing:
+            if current != number:  # of a batch that nobody waits for any more
+                self._told(i, job, ("broken", f"its {kind} has been replaced", ""))
+                return True
+        packed, used = (b"", set[int]()) if missing and process.under else self._pack((job.kind, *job.args))
+        if process.under and (missing or used - process.has or not process.takes(len(packed))):
+            self._again([job])
+            return False
+        process.under.append(job)
+        for kind, number, _, common, its in missing:
+            self._lend(process, its)
+            channel.send(process.conn, common)
+            process.kept[kind] = number
+        self._lend(process, used)
+        process.give(packed)
+        return True
+
+    def _lend(self, process: Process, used: set[int]) -> None:
         for number in sorted(used - process.has):
             self.shelf.send(process.conn, number, process.process.pid)
             process.has.add(number)
-        channel.send(process.conn, packed)
-
-    def _asked(self, process: _Process, job: Job) -> tuple[Any, ...]:
-        for kind, number in job.keep:
-            if process.kept.get(kind) != number:
-                current, packed, used = self._common[kind]
-                if current != number:  # of a batch that nobody waits for any more
-                    return "broken", f"its {kind} has been replaced", ""
-                self._hand(process, packed, used)
-                process.kept[kind] = number
-        self._hand(process, *self._pack((job.kind, *job.args)))
-        said: tuple[Any, ...] = channel.receive(process.conn)
-        return said
 
     def _told(self, i: int, job: Job, said: tuple[Any, ...]) -> None:
         if said[0] == "done":
@@ -319,10 +242,19 @@ class Pool:
                 self._answers[job.number] = said[1:] if said[0] == "done" else Failed(job, *said)
             self._changed.notify_all()
 
-    def _died(self, i: int, job: Job, cause: str) -> None:
+    def _again(self, jobs: Sequence[Job]) -> None:
         with self._changed:
-            if self._closing or job.batch != self._batch:
+            for job in jobs:
+                if job.batch == self._batch:
+                    self._queue(job)
+
+    def _died(self, i: int, jobs: Sequence[Job], cause: str) -> None:
+        """A worker died over the first of ``jobs``; it had not begun the others."""
+        with self._changed:
+            self._again(jobs[1:])
+            if self._closing or not jobs or jobs[0].batch != self._batch:
                 return
+            job = jobs[0]
             job.died.append(i)
             self.events.append(("worker died", {**job.fields, "cause": cause}))
             if len(job.died) == 1:
