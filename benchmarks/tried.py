@@ -1,6 +1,6 @@
 """What was tried to make a client's step faster, measured again: the numbers of docs/engines.md, "Tried".
 
-    python benchmarks/tried.py compile | malloc | evaluation | threads   [--width 16]
+    python -m benchmarks.tried compile | malloc | evaluation | threads | overlap   [--width 16] [--preload libjemalloc.so.2]
 
 Processor time of one thread, medians of interleaved repetitions; synthetic images of CIFAR's shape, batch 32.
 """
@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import argparse
 import copy
+import heapq
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from mllm_fl.algorithms.base import Task
-from mllm_fl.engines.pool import ENVIRONMENT
+from mllm_fl.data.longtail import long_tail
+from mllm_fl.data.partition import partition
+from mllm_fl.engines.process import ENVIRONMENT
 from mllm_fl.models.network import ModelConfig, Network, build_network
 from mllm_fl.seeds import stream
 from mllm_fl.trees import Tree, clone, digest
@@ -77,18 +81,21 @@ def compiled(width: int) -> dict[str, object]:
     return {"milliseconds": medians(calls, 25), "first": first}
 
 
-def malloc(width: int) -> dict[str, object]:
-    """A fresh process with glibc's defaults beside one with the workers' settings, taking turns."""
+def malloc(width: int, preload: str = "") -> dict[str, object]:
+    """A fresh process with glibc's defaults beside one with the workers' settings and one with the allocator ``preload``, taking turns."""
     code = (
         "import json; from benchmarks.tried import *; torch.set_num_threads(1); "
         f"net = build_network(ModelConfig(width={width}), 10, 0); "
         "calls = {'fp32 nchw': stepper(net, 'fp32', 'nchw'), 'bf16 channels_last': stepper(net)}; "
         "[c() for c in calls.values() for _ in range(3)]; print(json.dumps(medians(calls, 20)))"
     )
-    found: dict[str, list[dict[str, float]]] = {"default": [], "raised": []}
+    kinds = {"default": {"OMP_NUM_THREADS": "1"}, "raised": ENVIRONMENT}
+    if preload:
+        kinds["preloaded"] = {"OMP_NUM_THREADS": "1", "LD_PRELOAD": preload}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
     for _ in range(3):
         for name in found:
-            env = os.environ | (ENVIRONMENT if name == "raised" else {"OMP_NUM_THREADS": "1"})
+            env = os.environ | kinds[name]
             said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
             found[name].append(json.loads(said.stdout))
     return {n: {k: round(statistics.median(one[k] for one in v), 1) for k in v[0]} for n, v in found.items()}
@@ -124,15 +131,58 @@ def threads(width: int) -> dict[str, object]:
     return found
 
 
+def overlap(width: int) -> dict[str, object]:
+    """What testing the last model beside the next round's clients gains at the most: the share of a round in which workers would else be idle.
+
+    CIFAR-10-LT (imbalance 100) on 20 clients (alpha 0.5; CReFF's equal ones, and Dirichlet's unequal ones), eight a round over 200 rounds, one
+    epoch, 10,000 test images; the largest job is begun first and each worker takes the next. What a trained and a tested image cost
+    is timed here; the rest is arithmetic.
+    """
+    kept = long_tail(np.repeat(np.arange(10), 5000), 10, 100, 0)
+    net = build_network(ModelConfig(width=width), 10, 0)
+    task = Task(net, NAMES, (1,), 0, precision="bf16", channels_last=True)
+    w, x = clone(net.state_dict()), torch.randn(100, 3, 32, 32, generator=stream(0, "tried"))
+
+    def tested() -> None:
+        with torch.no_grad():
+            task.forward(w, x, train=False)
+
+    calls: dict[str, Callable[[], object]] = {"trained": stepper(net), "tested": tested}
+    for call in calls.values():
+        call()
+    cost = {name: ms / (32 if name == "trained" else 100) for name, ms in medians(calls, 10).items()}
+    found: dict[str, object] = {"milliseconds an image": {k: round(v, 3) for k, v in cost.items()}}
+    for how in ("creff", "dirichlet"):
+        sizes = [len(k) for k in partition(kept, how=how, clients=20, alpha=0.5, seed=0, min_size=1)]
+        rng = np.random.default_rng(0)
+        rounds = [[sizes[k] * cost["trained"] for k in rng.choice(20, 8, replace=False)] for _ in range(200)]
+        for workers in (2, 3, 4):
+            tests = [cost["tested"] * 10_000 / (4 * workers)] * (4 * workers)
+            apart = sum(makespan(jobs, workers) + makespan(tests, workers) for jobs in rounds)
+            together = sum(makespan([*jobs, *tests], workers) for jobs in rounds)
+            found[f"gained, {how}, {workers} workers"] = round(1 - together / apart, 4)
+    return found
+
+
+def makespan(jobs: Sequence[float], workers: int) -> float:
+    """When the last job ends if the largest is begun first and each worker takes the next when it is free."""
+    free = [0.0] * workers
+    for job in sorted(jobs, reverse=True):
+        heapq.heapreplace(free, free[0] + job)
+    return max(free)
+
+
 def main() -> None:
     """Print one JSON object."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tried = {"compile": compiled, "malloc": malloc, "evaluation": evaluation, "threads": threads}
+    tried = {"compile": compiled, "malloc": malloc, "evaluation": evaluation, "threads": threads, "overlap": overlap}
     p.add_argument("what", choices=tried)
     p.add_argument("--width", type=int, default=16)
+    p.add_argument("--preload", default="", help="another allocator's library, for malloc")
     args = p.parse_args()
     torch.set_num_threads(1)
-    print(json.dumps({"tried": args.what, "width": args.width, **tried[args.what](args.width)}))
+    more = {"preload": args.preload} if args.what == "malloc" else {}
+    print(json.dumps({"tried": args.what, "width": args.width, **tried[args.what](args.width, **more)}), flush=True)
 
 
 if __name__ == "__main__":

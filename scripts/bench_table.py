@@ -16,12 +16,13 @@ BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 
 def latest(path: Path) -> list[dict[str, Any]]:
-    """The last line of each kind of benchmark, processor and load, in the file's order."""
+    """The last line of each kind of benchmark, processor, load and contestants, in the file's order."""
     found: dict[str, dict[str, Any]] = {}
     for text in path.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
         if line.get("benchmark") in ("engines", "engines and peers", "profile"):
-            key = json.dumps([line["benchmark"], line["processor"], line.get("cores", None), line["load"]])
+            contestants = sorted(line.get("seconds", ()))
+            key = json.dumps([line["benchmark"], line["processor"], line.get("cores", None), line["load"], contestants])
             found.pop(key, None)
             found[key] = line
     return list(found.values())
@@ -63,8 +64,12 @@ def table(line: dict[str, Any]) -> str:
         f"Engine beside its busiest worker: {line['overhead']['share']:.1%} of this round, {line['overhead_tiny']['share']:.1%} of a round of "
         f"{line['overhead_tiny']['clients']:,} clients with eight images (width 16). Workers ready after {line['startup_seconds']:g} s."
     )
-    if line.get("pss_bytes"):
+    if line.get("pss_bytes") and "pss_parts" not in line:
         tail += f" Memory of all processes afterwards: {line['pss_bytes'] / 1e9:.2f} GB (PSS)."
+    for name, room in line.get("pss_parts", {}).items():
+        if room:
+            each = " and ".join(f"{b / 1e9:.2f}" for b in room["workers"])
+            tail += f" Most memory (PSS), {name}: {room['together'] / 1e9:.2f} GB (parent {room['parent'] / 1e9:.2f}, workers {each})."
     for name, why in line.get("failed", {}).items():
         tail += f" {name} could not be measured: {why}."
     return "\n".join([head, "", *rows, "", tail])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from mllm_fl import cli
 from mllm_fl.engines import bench
 from mllm_fl.engines.bench import Load
+from mllm_fl.engines.profile import profile
 from mllm_fl.errors import UserError
 from mllm_fl.trees import Tree
 
@@ -44,6 +46,11 @@ def test_all_numbers_of_a_line_and_equal_work(tmp_path: Path, capsys: pytest.Cap
     assert said["largest_difference_of_weights"] < 1e-5
     assert said["overhead"]["clients"] == 2 and said["overhead_tiny"]["clients"] == 3
     assert set(said["limit_seconds"]) == {"fp32", "bf16"}
+    assert list(said["pss_parts"]) == names[2:]
+    if sys.platform == "linux":
+        room = said["pss_parts"][names[3]]
+        assert room["together"] == said["pss_bytes"] == room["parent"] + sum(room["workers"]) > 100e6
+        assert len(room["workers"]) == said["cores"]
     assert {"commit", "torch", "processor", "load", "cores"} <= set(said)
 
 
@@ -59,7 +66,7 @@ def test_other_work_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_profile_names_every_part() -> None:
-    for parts in bench.profile(TINY).values():
+    for parts in profile(TINY).values():
         assert list(parts) == [
             "data", "forward", "backward", "optimiser", "rest", "aggregation of two", "evaluation of 1,000 images",
         ]  # fmt: skip

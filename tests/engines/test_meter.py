@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mllm_fl.engines.meter import Meter, Nvml, Rapl, peaks
+from mllm_fl.engines.meter import Footprint, Meter, Nvml, Rapl, peaks
 
 
 def zone(root: Path, name: str, kind: str, microjoules: int) -> Path:
@@ -93,3 +94,23 @@ def test_workers_are_those_that_live() -> None:
         found = peaks()["peak_workers_bytes"]
         child.communicate(b"\n")
     assert found is not None and found > 80 << 20
+
+
+def test_a_footprint_is_the_most_that_was_held_together_and_not_what_was_held_at_the_end() -> None:
+    if sys.platform != "linux":
+        pytest.skip("Linux alone tells it")
+    code = "x = bytearray(b'1' * (60 << 20)); print(flush=True); input(); del x; print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1) as child:
+        assert child.stdout is not None and child.stdin is not None
+        with Footprint(lambda: [child.pid, 0]) as most:
+            child.stdout.readline()
+            while most.together < 60 << 20:
+                time.sleep(0.01)
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+            child.stdout.readline()
+        with Footprint(lambda: [child.pid]) as later:
+            pass
+        child.communicate(b"\n")
+    assert later.together < 60 << 20 <= most.together == most.each[0]
+    assert most.each[1] == 0  # no such process

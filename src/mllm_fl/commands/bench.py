@@ -31,7 +31,7 @@ def bench(args: argparse.Namespace) -> int:
     import dataclasses
 
     from mllm_fl.console import Screen
-    from mllm_fl.engines.bench import QUICK, Load, measure, profile
+    from mllm_fl.engines.bench import QUICK, Load, measure
     from mllm_fl.errors import UserError
     from mllm_fl.runs import environment
 
@@ -43,6 +43,8 @@ def bench(args: argparse.Namespace) -> int:
     where = environment()
     machine = {k: where[k] for k in ("commit", "mllm_fl", "torch", "python", "processor", "system")}
     if args.profile:
+        from mllm_fl.engines.profile import profile
+
         said = {"benchmark": "profile", "load": vars(load), "parts": profile(load), **machine}
     else:
         with Screen() as screen:
@@ -71,16 +73,18 @@ def _text(said: dict[str, Any]) -> str:
             f"{name:<34}{statistics.median(s):9.2f}{statistics.median(said['core_seconds'][name]):9.2f}"
             f"{said['wall_over_bare_shared'][name]:9.2f}{said['over_bare_shared'][name]:9.2f}"
         )
-    limits = ", ".join(
-        f"{p} {g:g} GFLOP/s a core ({said['limit_seconds'][p]:g} s)" for p, g in said["gflops_a_core"].items()
+    rows.append(f"'of bare': seconds over the bare loop's, which are shared between {said['cores']} cores;")
+    rows.append("'(core-s)': processor seconds over the bare loop's processor seconds.")
+    for p, g in said["gflops_a_core"].items():
+        rows.append(f"Matrix products alone, {p}, {g:g} GFLOP/s a core: {said['limit_seconds'][p]:.2f} s.")
+    rows.append(
+        f"Not computing, busiest worker: {said['overhead']['share']:.1%} of a round, "
+        f"{said['overhead_tiny']['share']:.1%} with {said['overhead_tiny']['clients']:,} tiny clients."
     )
-    return "\n".join(
-        [
-            *rows,
-            f"of bare: seconds over the bare loop's shared between {said['cores']} cores; and processor time over its processor time.",
-            f"Matrix products on this chip: {limits}.",
-            f"Engine beside its busiest worker: {said['overhead']['share']:.1%} of a round, {said['overhead_tiny']['share']:.1%} "
-            f"with {said['overhead_tiny']['clients']} tiny clients. Workers ready in {said['startup_seconds']:g} s. "
-            + (f"Memory {said['pss_bytes'] / 1e9:.2f} GB in all." if said["pss_bytes"] else ""),
-        ]
-    )
+    rows.append(f"Workers ready in {said['startup_seconds']:g} s.")
+    for name, room in said["pss_parts"].items():
+        if room:
+            each = " + ".join(f"{b / 1e9:.2f}" for b in room["workers"])
+            rows.append(f"Memory, {name}: {room['together'] / 1e9:.2f} GB")
+            rows.append(f"  (this process {room['parent'] / 1e9:.2f}, workers {each}).")
+    return "\n".join(rows)

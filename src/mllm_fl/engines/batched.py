@@ -21,19 +21,18 @@ from types import TracebackType
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from mllm_fl.algorithms.base import Algorithm, Broadcast, Local, Shard, Task, Update
-from mllm_fl.data.augment import draws, scaled_padding
+from mllm_fl.data.augment import scaled_padding
 from mllm_fl.data.images import ImageSet
 from mllm_fl.engines.base import OnEvent, Reply, ignored
 from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.device import BeginsThere, DeviceShard, Residents, Watching, described, device_of, moved
 from mllm_fl.engines.evaluate import evaluate
 from mllm_fl.engines.local import _BN, _EACH, LocalConfig, _begin_batch_norm, train_client
+from mllm_fl.engines.plan import all_epochs
 from mllm_fl.engines.program import Inputs, Program
 from mllm_fl.metrics import Evaluation
-from mllm_fl.seeds import stream
 from mllm_fl.trees import Tree, clone, prefixed, under
 
 Form = dict[str, tuple[tuple[int, ...], str]]
@@ -171,7 +170,7 @@ class BatchedEngine:
             members = [shards[i] for i in alike]
             seen = [{k: begun[i][k] for k in form} for i in alike]
             program = self._program(there, form, members, seen, [kept[i] for i in alike])
-            self._epochs(program, members)
+            all_epochs(program, members, self.local)
             ended, losses = moved(program.w, CPU), program.loss.tolist()
             for row, i in enumerate(alike):
                 mine = moved({k: v for k, v in begun[i].items() if not k.startswith(_EACH)}, CPU)
@@ -255,21 +254,6 @@ class BatchedEngine:
             v.copy_(old)
         program.start()
 
-    def _epochs(self, program: Program, shards: Sequence[DeviceShard]) -> None:
-        """All local epochs: in each the full batches side by side, then the partial ones, together where they are of one size."""
-        b, starts = self.local.batch_size, torch.tensor([0, *(len(s) for s in shards)]).cumsum(0).tolist()
-        orders = [_order(s, start, self.local, program.padding) for s, start in zip(shards, starts, strict=False)]
-        for _ in range(self.local.epochs):
-            plans = [next(order) for order in orders]
-            sizes = [plan.shape[1] for plan in plans]
-            for first in range(0, max(sizes), b):
-                rows = [k for k, n in enumerate(sizes) if n >= first + b]
-                if rows:
-                    program.run(rows, torch.stack([plans[k][:, first : first + b] for k in rows], 1))
-            for rest in sorted({n % b for n in sizes} - {0}):
-                rows = [k for k, n in enumerate(sizes) if n % b == rest]
-                program.run(rows, torch.stack([plans[k][:, -rest:] for k in rows], 1))
-
     def _finished(self, shard: Shard, w: Tree, loss: float, msg: Broadcast, mine: Tree) -> tuple[Update, Tree]:
         """The method's ``finish``, on the CPU, with what :func:`mllm_fl.engines.local.train_client` adds."""
         steps = self.local.epochs * -(-len(shard) // self.local.batch_size)
@@ -296,17 +280,3 @@ def _form(mine: Tree, names: frozenset[str]) -> Form:
         for k, v in sorted(mine.items())
         if k in names
     }
-
-
-def _order(shard: Shard, start: int, local: LocalConfig, padding: int) -> Iterator[Tensor]:
-    """A client's epochs, int64 (4, n_k): positions from ``start`` on in the order of its steps, and each image's top, left and turned."""
-    shuffle, drawn = (stream(shard.seed, purpose, shard.round, shard.client) for purpose in ("shuffle", "augment"))
-    while True:
-        order = torch.randperm(len(shard), generator=shuffle)
-        plan = torch.full((4, len(order)), padding)
-        plan[0], plan[3] = order + start, 0
-        for part in plan.split(local.batch_size, 1) if local.augment != "none" else ():
-            flip = local.augment == "crop-flip"
-            for row, v in enumerate(draws(part.shape[1], drawn, padding=padding, flip=flip, mode=local.aug_mode), 1):
-                part[row] = v
-        yield plan

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from mllm_fl.data.images import ImageSet, MemoryPixels
 from mllm_fl.engines.config import EngineConfig
 from mllm_fl.engines.cores import usable_cores
 from mllm_fl.engines.local import LocalConfig
+from mllm_fl.engines.meter import Footprint
 from mllm_fl.errors import UserError
 from mllm_fl.events import Event, Progress, silent
 from mllm_fl.models.network import ModelConfig, Network, build_network
@@ -119,6 +119,10 @@ def measure(load: Load, progress: Progress = silent) -> dict[str, Any]:
     method = FedAvg()
     config = EngineConfig(workers=cores)
     with ExitStack() as stack:
+        rooms = {
+            "parallel fp32": footprint(plain, load),
+            (name := f"parallel {best.precision} {best.layout}"): footprint(quick, load),
+        }
         began = time.perf_counter()
         fast = ParallelEngine(config, quick, method, local)
         stack.enter_context(fast).prove()
@@ -131,22 +135,21 @@ def measure(load: Load, progress: Progress = silent) -> dict[str, Any]:
             "bare": lambda: method.server(plain, Server(start), _updates(bare(net, start, shards, local), shards)),
             "serial fp32": lambda: _round(serial, method, plain, start, shards),
             "parallel fp32": lambda: _round(same, method, plain, start, shards),
-            f"parallel {best.precision} {best.layout}": lambda: _round(fast, method, quick, start, shards),
+            name: lambda: _round(fast, method, quick, start, shards),
         }
         seconds: dict[str, list[float]] = {name: [] for name in rounds}
         used: dict[str, list[float]] = {name: [] for name in rounds}
         busy = []
         for i in range(load.repeats):
-            for name in list(rounds) if i % 2 == 0 else list(rounds)[::-1]:
-                progress(Event("bench", i, load.repeats, name))
+            for one in list(rounds) if i % 2 == 0 else list(rounds)[::-1]:
+                progress(Event("bench", i, load.repeats, one))
                 before, at, cpu = list(fast.pool.busy), time.perf_counter(), _cpu_seconds(fast.pool.pids())
-                rounds[name]()
-                seconds[name].append(time.perf_counter() - at)
-                used[name].append(_cpu_seconds(fast.pool.pids()) - cpu)
-                if name == list(rounds)[-1]:
+                rounds[one]()
+                seconds[one].append(time.perf_counter() - at)
+                used[one].append(_cpu_seconds(fast.pool.pids()) - cpu)
+                if one == name:
                     busy.append(max(b - a for a, b in zip(before, fast.pool.busy, strict=True)))
-        memory = sum(filter(None, map(_pss, [os.getpid(), *fast.pool.pids()])))
-        over = 1 - statistics.median(b / s for b, s in zip(busy, seconds[list(rounds)[-1]], strict=True))
+        over = 1 - statistics.median(b / s for b, s in zip(busy, seconds[name], strict=True))
         progress(Event("bench", load.repeats, load.repeats, f"{load.tiny} tiny clients"))
         tiny = _tiny(load, fast.pool)
     flops = 3 * 2 * _multiply_adds(net) * load.clients * load.images * load.epochs
@@ -163,82 +166,11 @@ def measure(load: Load, progress: Progress = silent) -> dict[str, Any]:
         "overhead": {"clients": load.clients, "share": round(over, 4)},
         "overhead_tiny": {"clients": load.tiny, "share": round(tiny, 4)},
         "startup_seconds": round(startup, 2),
-        "pss_bytes": memory or None,
+        "pss_bytes": rooms[name]["together"] if rooms[name] else None,
+        "pss_parts": rooms,
         "gflops_a_core": limit,
         "limit_seconds": {p: round(flops / (g * 1e9 * cores), 3) for p, g in limit.items()},
     }
-
-
-def profile(load: Load) -> dict[str, dict[str, float]]:
-    """Seconds of processor time by part of one client's round, of aggregating two and of testing 1,000 images; fp32 NCHW and the probe's choice."""
-    from mllm_fl.engines.evaluate import evaluate
-    from mllm_fl.engines.probe import chosen
-
-    torch.set_num_threads(1)
-    net = build_network(ModelConfig(width=load.width), 10, 0)
-    w, [shard] = clone(net.state_dict()), load.shards(1, load.images)
-    [test] = load.shards(1, 1000)
-    best = chosen(EngineConfig(), net, 32, load.batch, {})
-    found = {}
-    for name in ("fp32 nchw", f"{best.precision} {best.layout}"):
-        task = Task(
-            net, NAMES, (len(shard),), 0,
-            precision="bf16" if "bf16" in name else "fp32", channels_last="channels_last" in name,
-        )  # fmt: skip
-        parts: dict[str, float] = {}
-        for _ in range(2):  # the first also pays for what happens once
-            parts = _parts(task, w, shard, load.local)
-        at = time.thread_time()
-        evaluate(task, w, test.images)
-        parts["evaluation of 1,000 images"] = time.thread_time() - at
-        found[name] = {k: round(v, 4) for k, v in parts.items()}
-    return found
-
-
-class _Timed(Algorithm):
-    """FedAvg whose forward pass is timed."""
-
-    spent = 0.0
-
-    def objective(self, *args: Any) -> torch.Tensor:
-        at = time.thread_time()
-        loss = super().objective(*args)
-        _Timed.spent += time.thread_time() - at
-        return loss
-
-
-def _parts(task: Task, w: Tree, shard: Shard, config: LocalConfig) -> dict[str, float]:
-    """One client and one aggregation, taken apart."""
-    from mllm_fl.engines import local
-
-    spent = {"data": 0.0, "backward": 0.0, "optimiser": 0.0}
-
-    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            at = time.thread_time()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                spent[part] += time.thread_time() - at
-
-        return wrapped
-
-    _Timed.spent = 0.0
-    at = time.thread_time()
-    crop = replace(config, augment="crop-flip")
-    with (
-        patch.object(local, "augmented", timed("data", local.augmented)),
-        patch.object(Shard, "x", timed("data", Shard.x)),
-        patch.object(torch.autograd, "grad", timed("backward", torch.autograd.grad)),
-        patch.object(torch.optim.SGD, "step", timed("optimiser", torch.optim.SGD.step)),
-    ):
-        update, _ = local.train_client(task, _Timed(), Broadcast(w, {}), {}, shard, crop)
-    whole = time.thread_time() - at
-    parts = {"data": spent["data"], "forward": _Timed.spent} | {k: spent[k] for k in ("backward", "optimiser")}
-    parts["rest"] = whole - sum(parts.values())
-    at = time.thread_time()
-    FedAvg().server(task, Server(w), [update, update])
-    return parts | {"aggregation of two": time.thread_time() - at}
 
 
 def _round(engine: Any, method: Algorithm, task: Task, w: Tree, shards: Sequence[Shard]) -> Server:
@@ -250,6 +182,23 @@ def _updates(ended: Sequence[Tree], shards: Sequence[Shard]) -> Iterator[Any]:
 
     for w, shard in zip(ended, shards, strict=True):
         yield Update(shard.client, w, float(len(shard)), {}, {})
+
+
+def footprint(task: Task, load: Load) -> dict[str, Any]:
+    """The most memory (:class:`mllm_fl.engines.meter.Footprint`) of an engine of its own while it trains a few clients and tests 1,000 images.
+
+    Before anything else has run in these processes: what they allocate once they keep. {} where the system does not tell.
+    """
+    from mllm_fl.engines.parallel import ParallelEngine
+
+    few = load.shards(2 * usable_cores(), min(load.images, 4 * load.batch))
+    w = clone(task.net.state_dict())
+    with ParallelEngine(EngineConfig(workers=usable_cores()), task, FedAvg(), load.local) as engine:
+        engine.prove()
+        with Footprint(lambda: [os.getpid(), *engine.pool.pids()]) as found:
+            _round(engine, FedAvg(), task, w, few)
+            engine.evaluate(w, load.shard(-1, 1000).images)
+    return {"together": found.together, "parent": found.each[0], "workers": found.each[1:]} if found.together else {}
 
 
 def _check(net: Network, w: Tree, shards: Sequence[Shard], local: LocalConfig, serial: Any, parallel: Any) -> float:
@@ -304,12 +253,3 @@ def _cpu_seconds(pids: Sequence[int]) -> float:
         except OSError:
             continue
     return total
-
-
-def _pss(pid: int) -> int | None:
-    """Bytes of memory of a process, shared pages divided by their users; None where the system does not tell."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("Pss:"))
-    except (OSError, StopIteration):
-        return None
