@@ -6,10 +6,12 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tests.annotate.corpora import corpus, png, record
 
@@ -130,6 +132,22 @@ def test_clip_scores_fall_by_percentile() -> None:
     edge, low = clipscore.lowest(values, 5)
     assert edge == pytest.approx(np.percentile(np.arange(100) / 100, 5)) and low == ["0", "1", "2", "3", "4"]
     assert clipscore.lowest({}, 5) == (0.0, []) and clipscore.lowest({"a": 1.0, "b": 1.0}, 50)[1] == []
+
+
+def test_a_clip_score_is_two_and_a_half_times_the_cosine_and_never_below_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cosines of 0.6 and -0.5 in one record: (1.5 + 0) / 2."""
+    vectors = {"It is so.": [0.6, 0.8], "It is not.": [-0.5, 0.75**0.5]}
+    clip = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(image_size=16))),
+        encode_images=lambda x: torch.tensor([[1.0, 0.0]] * len(x)),
+        encode_texts=lambda said: torch.tensor([vectors[s] for s in said]),
+    )
+    monkeypatch.setattr(clipscore, "load_clip", lambda name: clip)
+    records = [record("a", "images/0.png", "It is so."), record("b", "images/0.png", "It is so. It is not.")]
+    folder = corpus(tmp_path, records, {"images/0.png": png(0)})
+    assert clipscore.scores(folder, records, "any") == pytest.approx({"a": 1.5, "b": 0.75})
 
 
 def test_clip_scores_come_from_the_bundled_clip(tmp_path: Path) -> None:
