@@ -25,9 +25,9 @@ OWNERS = {
     "open_clip": ("models/teacher/openclip.py",),
     "openai": ("annotate/backends/openai.py",),
     "pydantic": ("annotate/schema.py",),
+    "ray": ("annotate/backends/ray_data.py", "engines/flower.py"),
     "rich": ("console.py",),
     "timm": ("models/vision.py",),
-    "ray": ("annotate/backends/ray_data.py",),
     "tokenizers": ("models/teacher/",),
     "torchvision": ("models/bridge.py", "models/vision.py"),
     "transformers": ("models/teacher/", "annotate/backends/", "runs.py"),  # runs.py reads its version

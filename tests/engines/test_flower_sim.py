@@ -134,6 +134,7 @@ def test_a_simulation_that_cannot_start_is_one_line_and_the_environment_is_as_be
 
     monkeypatch.setattr("flwr.simulation.run_simulation", breaks)
     monkeypatch.setattr(flower, "can_simulate", lambda: None)
+    monkeypatch.setattr(flower, "_start_ray", lambda workers: None)
     before = dict(os.environ)
     with pytest.raises(UserError, match="^flower-sim: Flower's simulation ended: no room; see /tmp/ray"):
         Simulation(_unheard, 2, 1).__enter__()

@@ -61,7 +61,7 @@ def add(verbs: Any) -> None:
         "config", type=Path, nargs="?", help="the TOML file that is trained; not needed for a folder that is there"
     )
     p.add_argument("--local", action="store_true", required=True, help="all on this machine")
-    p.add_argument("--nodes", type=int, default=3, help="sites (default 3)")
+    p.add_argument("--nodes", type=int, help="sites (default 3)")
     p.add_argument(
         "--dir", type=Path, default=Path("federation"), help="the deployment's folder (default ./federation)"
     )
@@ -108,7 +108,9 @@ def init(args: argparse.Namespace) -> int:
         args.dir, sites=sites, config=args.config, host=args.host, port=args.port, bind=args.bind, images=args.images
     )
     say(f"wrote {made.folder}: {len(sites)} sites, server {made.host}:{made.port}")
-    say(f"next: mllm-fl deploy superlink {args.dir}   (then register, and node on each site; {args.dir}/README.md)")
+    say(
+        f"next: mllm-fl deploy superlink {layout.typed(args.dir)}   (then register, and node on each site; {args.dir}/README.md)"
+    )
     return 0
 
 
@@ -169,10 +171,11 @@ def register(args: argparse.Namespace) -> int:
 def renew(args: argparse.Namespace) -> int:
     """``deploy renew DIR``: the sites keep their ca.crt."""
     from mllm_fl.deployment.certificates import make_authority
-    from mllm_fl.deployment.layout import Layout
+    from mllm_fl.deployment.layout import Layout, reachable
 
     made = Layout.read(args.dir)
     host = args.host or made.host
+    reachable(host, made.port, "--")
     make_authority(made.server, made.server, [host, made.host, "localhost", "127.0.0.1"])
     say(f"{made.server / 'server.crt'}: new, for {host}; start the SuperLink again")
     return 0
@@ -213,13 +216,19 @@ def up(args: argparse.Namespace) -> int:
     start = time.monotonic()
     if (args.dir / "federation.toml").exists():
         made = layout.Layout.read(args.dir)
+        there, elsewhere = made.folder / "run.toml", "another --dir makes a new federation"
+        if args.config is not None and args.config.read_bytes() != there.read_bytes():
+            raise UserError(there, f"is not {args.config}", f"copy it there, or {elsewhere}")
+        if args.nodes not in (None, len(made.sites)):
+            raise UserError("--nodes", f"{made.folder} has {len(made.sites)} sites", elsewhere)
     else:
         if args.config is None:
             raise UserError("deploy up", "which TOML file?", "mllm-fl deploy up --local experiments/quickstart.toml")
-        if args.nodes < 1:
-            raise UserError("--nodes", f"{args.nodes} is below 1")
+        nodes = 3 if args.nodes is None else args.nodes
+        if nodes < 1:
+            raise UserError("--nodes", f"{nodes} is below 1")
         [port] = processes.free_ports(1)
-        names = [f"site-{i + 1}" for i in range(args.nodes)]
+        names = [f"site-{i + 1}" for i in range(nodes)]
         made = layout.init(args.dir, sites=names, config=args.config, port=port)
     values = follow.settings_of(made, **_said(args))
     path = follow.path_of(made, values)  # what is wrong with the configuration is said before anything is started

@@ -12,20 +12,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mllm_fl.atomic import write_atomic
 from mllm_fl.errors import UserError
 
 CA_DAYS, SERVER_DAYS = 3650, 825
 
 
 def make_authority(folder: Path, server: Path, hosts: Sequence[str], days: int = SERVER_DAYS) -> None:
-    """``ca.crt`` and ``ca.key`` in ``folder`` (kept if they are there); ``server.crt`` and ``server.key`` for these hosts in ``server``."""
+    """``ca.crt`` and ``ca.key`` in ``folder`` (kept if they are there); ``server.crt`` and ``server.key`` for these hosts in ``server``.
+
+    Raises:
+        UserError: the authority that is there cannot sign: garbled, or a key that is not its own.
+    """
     x509, hashes, _, ec, name_oid, usage = _library()
     now = datetime.datetime.now(datetime.UTC)
     if (folder / "ca.crt").exists():
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-        ca_key: Any = load_pem_private_key((folder / "ca.key").read_bytes(), None)
-        issuer = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes()).subject
+        way_out = "sign server.crt where the authority's key is (docs/deploy.md has the lines), or restore both files"
+        try:
+            ca_key: Any = load_pem_private_key((folder / "ca.key").read_bytes(), None)
+            there = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+        except (OSError, ValueError, TypeError) as e:
+            raise UserError(folder / "ca.key", "this or ca.crt cannot be read", way_out) from e
+        if there.public_key() != ca_key.public_key():
+            raise UserError(folder / "ca.key", "is not the key of ca.crt", way_out)
+        issuer = there.subject
     else:
         ca_key = ec.generate_private_key(ec.SECP384R1())
         issuer = x509.Name([x509.NameAttribute(name_oid.COMMON_NAME, "mllm-fl federation CA")])
@@ -37,7 +49,7 @@ def make_authority(folder: Path, server: Path, hosts: Sequence[str], days: int =
             .sign(ca_key, hashes.SHA384())
         )
         _private(folder / "ca.key", _pem(ca_key))
-        (folder / "ca.crt").write_bytes(_certificate(ca))
+        write_atomic(folder / "ca.crt", _certificate(ca))
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(name_oid.COMMON_NAME, hosts[0][:64])])
     made = (
@@ -49,7 +61,7 @@ def make_authority(folder: Path, server: Path, hosts: Sequence[str], days: int =
         .sign(ca_key, hashes.SHA256())
     )
     _private(server / "server.key", _pem(key))
-    (server / "server.crt").write_bytes(_certificate(made))
+    write_atomic(server / "server.crt", _certificate(made))
 
 
 def make_node_key(folder: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mllm_fl.deployment.layout import NAME, Layout, write_connection
+from mllm_fl.deployment.layout import NAME, Layout, quoted, typed, write_connection
 from mllm_fl.deployment.processes import environment, program
 from mllm_fl.deployment.sites import read_sites, write_sites
 from mllm_fl.engines.reception import Site
@@ -39,14 +39,22 @@ def flwr(made: Layout, *words: str, cwd: Path | None = None) -> Any:
         raise UserError(
             f"flwr {words[0]}",
             said,
-            f"is `mllm-fl deploy superlink {made.folder}` running? see {made.server}/superlink.log",
+            f"is `mllm-fl deploy superlink {typed(made.folder)}` running? see {made.server}/superlink.log",
         )
     return found
 
 
 def ready(made: Layout) -> bool:
-    """Whether the SuperLink answers on this machine."""
-    context = ssl.create_default_context(cafile=str(made.server / "ca.crt"))
+    """Whether the SuperLink answers on this machine.
+
+    Raises:
+        UserError: there is no certificate to know it by.
+    """
+    ca = made.server / "ca.crt"
+    try:
+        context = ssl.create_default_context(cafile=str(ca))
+    except OSError as e:
+        raise UserError(ca, "is not a certificate", "restore it: any site has the same ca.crt") from e
     try:
         with urllib.request.urlopen(f"https://127.0.0.1:{made.port}/health", context=context, timeout=5) as answer:
             return int(answer.status) == 200
@@ -91,7 +99,10 @@ def submit(made: Layout, values: Mapping[str, Any]) -> str:
     """
     write_connection(made)
     place = made.server / "run-config.toml"
-    place.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()))
+    place.write_text(
+        "".join(f"{k} = {quoted(v) if isinstance(v, str) else json.dumps(v)}\n" for k, v in values.items()),
+        encoding="utf-8",
+    )
     answer = flwr(made, "run", str(made.folder / "app"), NAME, "--run-config", str(place))
     return str(answer["run-id"])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mllm_fl import __version__
 from mllm_fl.deployment.images import named
-from mllm_fl.deployment.layout import Layout, Node
+from mllm_fl.deployment.layout import Layout, Node, typed
 from mllm_fl.deployment.sites import read_sites
 from mllm_fl.errors import UserError
 
@@ -149,19 +149,24 @@ def server(made: Layout, listening: Callable[[], bool]) -> Iterator[str]:
         raise UserError(path, "cannot be read as a certificate", "mllm-fl deploy renew DIR") from e
     days = (until - datetime.datetime.now(datetime.UTC)).days
     if days < 0:
-        raise UserError(path, f"expired {-days} days ago", f"mllm-fl deploy renew {made.folder}")
+        raise UserError(path, f"expired {-days} days ago", f"mllm-fl deploy renew {typed(made.folder)}")
     yield f"certificate: good for {days} days"
     load(made.folder / "run.toml")
     yield "run.toml: can be read"
     sites = read_sites(made.sites_json)
+    if sorted(s.name for s in sites) != sorted(made.sites):
+        way_out = "bring back the one that was changed, or make a new federation for other sites"
+        raise UserError(made.sites_json, f"names other sites than {made.folder / 'federation.toml'}", way_out)
     missing = [s.name for s in sites if s.node is None]
     if missing:
         raise UserError(
-            made.sites_json, f"{', '.join(missing)} not registered", f"mllm-fl deploy register {made.folder}"
+            made.sites_json, f"{', '.join(missing)} not registered", f"mllm-fl deploy register {typed(made.folder)}"
         )
     yield f"sites: {len(sites)} registered"
     if not listening():
-        raise UserError(f"{made.bind}:{made.port}", "no SuperLink answers", f"mllm-fl deploy superlink {made.folder}")
+        raise UserError(
+            f"{made.bind}:{made.port}", "no SuperLink answers", f"mllm-fl deploy superlink {typed(made.folder)}"
+        )
     yield "superlink: answers"
 
 

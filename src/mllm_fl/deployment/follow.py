@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_fl.deployment import control
-from mllm_fl.deployment.layout import Layout
+from mllm_fl.deployment.layout import Layout, typed
 from mllm_fl.deployment.processes import Say
 from mllm_fl.deployment.server import Settings
 from mllm_fl.deployment.sites import read_sites
@@ -101,7 +101,7 @@ def follow(made: Layout, path: Path, run: str, say: Say) -> dict[str, Any]:
                 )
         status = read_json(path / "status.json") if (path / "status.json").exists() else {}
         if "stopped" in status:
-            raise UserError(path, str(status["stopped"]), f"mllm-fl deploy resume {path}")
+            raise UserError(path, str(status["stopped"]), f"mllm-fl deploy resume {typed(path)}")
         news = len(rows) > seen or len(events) > told or time.time() - float(status.get("time", 0)) < 5
         seen, told = max(seen, len(rows)), len(events)
         late = ", ".join(status.get("waiting_for", []))
@@ -122,10 +122,12 @@ def _ask(made: Layout, path: Path, run: str) -> None:
         standing = control.standing(made, run)
     except UserError as e:
         raise UserError(
-            path, f"the SuperLink does not answer ({e})", f"start it, then mllm-fl deploy resume {path}"
+            path, f"the SuperLink does not answer ({e})", f"start it, then mllm-fl deploy resume {typed(path)}"
         ) from e
     if standing.startswith("finished") and not (path / "final.json").exists():
-        raise UserError(path, f"the run ended ({standing}) before it was finished", f"mllm-fl deploy resume {path}")
+        raise UserError(
+            path, f"the run ended ({standing}) before it was finished", f"mllm-fl deploy resume {typed(path)}"
+        )
 
 
 def _whole(path: Path) -> list[dict[str, Any]]:
@@ -153,7 +155,7 @@ def overview(made: Layout) -> list[str]:
             state = found.get("status", "not registered") if site.node is not None else "not registered"
             lines.append(f"  site {site.name}: {state}")
     else:
-        lines.append(f"  no SuperLink answers; start it: mllm-fl deploy superlink {made.folder}")
+        lines.append(f"  no SuperLink answers; start it: mllm-fl deploy superlink {typed(made.folder)}")
     for place in sorted((made.folder / "runs").glob("*/*/deployment.json")):
         lines.append("  " + run_line(place.parent))
     return lines
@@ -173,4 +175,4 @@ def run_line(path: Path) -> str:
         line += f"; {status.get('kind', 'start')} of round {status.get('round', 1)} waits for {', '.join(status['waiting_for'])}"
         line += f" since {status['seconds']:.0f} s" if "seconds" in status else ""
     line += "".join(f"; {site} refused: {why}" for site, why in (status.get("refused") or {}).items())
-    return line + (f"; no news for {age:.0f} s: mllm-fl deploy resume {path}" if age > 120 else "")
+    return line + (f"; no news for {age:.0f} s: mllm-fl deploy resume {typed(path)}" if age > 120 else "")

@@ -8,9 +8,11 @@ DIR/systemd/ compose.yaml README.md                                how it is kep
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mllm_fl.atomic import write_atomic
 from mllm_fl.deployment import template
 from mllm_fl.deployment.certificates import make_authority, make_node_key
 from mllm_fl.deployment.sites import write_sites
@@ -62,15 +65,17 @@ class Layout:
         """
         path = folder / "federation.toml"
         if not path.exists():
-            raise UserError(folder, "no federation.toml here", f"make one: mllm-fl deploy init {folder}")
+            raise UserError(folder, "no federation.toml here", f"make one: mllm-fl deploy init {typed(folder)}")
         raw = read_toml(path)
         try:
             sites = tuple(str(s) for s in raw["sites"])
-            return cls(
+            made = cls(
                 folder.resolve(), str(raw["host"]), int(raw["port"]), str(raw["bind"]), sites, str(raw["images"])
             )
         except (KeyError, TypeError, ValueError) as e:
-            raise UserError(path, f"lacks or garbles {e}", f"make it again: mllm-fl deploy init {folder}") from e
+            raise UserError(path, f"lacks or garbles {e}", "correct it, or make a new federation elsewhere") from e
+        checked(made, f"{path}: ")
+        return made
 
 
 @dataclass(frozen=True)
@@ -116,17 +121,31 @@ class Node:
             for key in ("data", "share_histogram", "partition_id", "num_partitions", "root"):
                 if key in raw:
                     config[key.replace("_", "-")] = raw[key]
-            return cls(
+            node = cls(
                 folder.resolve(), str(raw["site"]), str(raw["host"]), int(raw["port"]), int(raw["runtime_port"]), config
             )
         except (KeyError, TypeError, ValueError) as e:
             raise UserError(path, f"lacks or garbles {e}", "correct it") from e
+        reachable(node.host, node.port, f"{path}: ")
+        for key, kind in (
+            ("data", str),
+            ("root", str),
+            ("share_histogram", bool),
+            ("partition_id", int),
+            ("num_partitions", int),
+        ):
+            if type(raw.get(key, kind())) is not kind:
+                forms = {str: "a text in quotes", bool: "true or false", int: "a number"}
+                raise UserError(f"{path}: {key}", f"{raw[key]!r} is not {forms[kind]}", "correct it")
+        if not 0 <= node.runtime_port <= 65535:
+            raise UserError(f"{path}: runtime_port", f"{node.runtime_port} is no port", "0 takes any free one")
+        return node
 
     def node_config(self) -> str:
         """As ``flower-supernode --node-config`` reads it."""
 
         def said(v: Any) -> str:
-            return json.dumps(v) if isinstance(v, str | bool) else str(v)
+            return quoted(v) if isinstance(v, str) else json.dumps(v)
 
         return " ".join(f"{k}={said(v)}" for k, v in self.config.items())
 
@@ -152,15 +171,9 @@ def init(
     folder = folder.resolve()
     if (folder / "federation.toml").exists():
         raise UserError(folder, "holds a federation already", "choose another folder, or delete this one")
-    load(config)
-    for name in sites:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", name):
-            raise UserError(f"site {name!r}", "cannot name a folder", "use letters, digits, - and _")
-    if not sites or len(set(sites)) != len(sites):
-        raise UserError("--sites", "no site, or one name twice", "give each site a name of its own")
-    if images not in (OWN, PARTITION):
-        raise UserError("--images", f"{images!r} is unknown", f"use {OWN} or {PARTITION}")
     made = Layout(folder, host, port, bind, tuple(sites), images)
+    checked(made, "--")
+    load(config)
     try:
         for part in ("server/home", "runs", "app/mllm_fl_app", "systemd"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -172,18 +185,69 @@ def init(
     for i, name in enumerate(sites):
         _site(made, name, i, ports[i])
     write_sites(made.sites_json, [Site(name) for name in sites])
-    shutil.copyfile(config, folder / "run.toml")
+    if config.resolve() != folder / "run.toml":
+        shutil.copyfile(config, folder / "run.toml")
     for name, text in template.app().items():
         (folder / "app" / name).write_text(text)
     for name, text in template.around(made.folder, sites, host, port, sys.executable).items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")
     write_connection(made)
-    listed = ", ".join(json.dumps(s) for s in sites)
+    listed = ", ".join(quoted(s) for s in sites)
     text = (
         f'# {template.HEAD}\nhost = "{host}"\nport = {port}\nbind = "{bind}"\nimages = "{images}"\nsites = [{listed}]\n'
     )
-    (folder / "federation.toml").write_text(text)
+    write_atomic(folder / "federation.toml", text.encode())  # the last: with it the deployment is whole
     return made
+
+
+def checked(made: Layout, place: str) -> None:
+    """Names and addresses that folders, certificates, YAML and Flower all take. ``place``: what stands before the key in an error.
+
+    Raises:
+        UserError: the first that does not hold.
+    """
+    for name in made.sites:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", name):
+            raise UserError(f"site {name!r}", "cannot name a folder", "use letters, digits, - and _")
+        if name.lower() == "superlink":
+            raise UserError(f"site {name!r}", "is what the server is called", "choose another name")
+    if not made.sites or len({name.lower() for name in made.sites}) != len(made.sites):
+        problem = "no site, or one name twice (A and a are one folder on some disks)"
+        raise UserError(f"{place}sites", problem, "give each site a name of its own")
+    if made.images not in (OWN, PARTITION):
+        raise UserError(f"{place}images", f"{made.images!r} is unknown", f"use {OWN} or {PARTITION}")
+    reachable(made.host, made.port, place)
+    reachable(made.bind, made.port, place, "bind")
+
+
+def reachable(host: str, port: int, place: str, key: str = "host") -> None:
+    """Refuse what cannot be the name or IPv4 address of a machine, or a port.
+
+    Raises:
+        UserError: names the key.
+    """
+    try:
+        fine = ipaddress.ip_address(host).version == 4
+    except ValueError:
+        fine = re.fullmatch(r"(?!-)[A-Za-z0-9_.-]{1,253}(?<![.-])", host) is not None
+    if not fine:
+        raise UserError(
+            f"{place}{key}",
+            f"{host!r} is neither a machine's name nor an IPv4 address",
+            "write it without http:// and port: fl.example.org",
+        )
+    if not 1 <= port <= 65535:
+        raise UserError(f"{place}port", f"{port} is no port", "choose one from 1 to 65535")
+
+
+def quoted(text: str) -> str:
+    """A TOML string that Flower's own reader of ``key="value"`` takes too, which knows no escaped quotation mark."""
+    return re.sub(r"\\(.)", lambda m: r"\u0022" if m[1] == '"' else m[0], json.dumps(text, ensure_ascii=False))
+
+
+def typed(path: object) -> str:
+    """A path as it is typed in a shell."""
+    return shlex.quote(str(path))
 
 
 def write_connection(made: Layout) -> None:
@@ -192,8 +256,8 @@ def write_connection(made: Layout) -> None:
     (made.server / "home").mkdir(exist_ok=True)
     # the operator's commands go to the loopback: the Control API has no users
     address = f"127.0.0.1:{made.port}"
-    text = f'[superlink]\ndefault = "{NAME}"\n\n[superlink.{NAME}]\naddress = "{address}"\nroot-certificates = "{ca}"\n'
-    (made.server / "home" / "config.toml").write_text(text)
+    text = f'[superlink]\ndefault = "{NAME}"\n\n[superlink.{NAME}]\naddress = "{address}"\nroot-certificates = {quoted(str(ca))}\n'
+    write_atomic(made.server / "home" / "config.toml", text.encode())
 
 
 def _site(made: Layout, name: str, index: int, runtime_port: int) -> None:
@@ -221,4 +285,4 @@ def _site(made: Layout, name: str, index: int, runtime_port: int) -> None:
             "share_histogram = false",
             '# root = "/data/cifar"   # where this machine has the data set that run.toml names',
         ]
-    (place / "node.toml").write_text("\n".join(lines) + "\n")
+    write_atomic(place / "node.toml", ("\n".join(lines) + "\n").encode())

@@ -7,6 +7,7 @@ says goes to a log beside it; what a person has to know is one line.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -211,7 +212,7 @@ def superlink(made: Layout, say: Say) -> Kept:
     """The server's SuperLink, with TLS, node keys and a database.
 
     Raises:
-        UserError: Flower is not installed, or the port is taken.
+        UserError: Flower is not installed, or it cannot listen there.
     """
     if taken(made.bind, made.port):
         raise UserError(
@@ -259,13 +260,20 @@ def worker(node: Node, say: Say) -> Kept:
 
 
 def taken(host: str, port: int) -> bool:
-    """Whether something listens there already."""
+    """Whether something listens there already.
+
+    Raises:
+        UserError: this machine cannot listen there at all.
+    """
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind((host, port))
-        except OSError:
-            return True
+        except OSError as e:
+            if e.errno == errno.EADDRINUSE:
+                return True
+            way_out = "give bind in federation.toml an address of this machine, and a port above 1023"
+            raise UserError(f"{host}:{port}", f"cannot be listened on here ({e.strerror})", way_out) from e
     return False
 
 

@@ -111,7 +111,8 @@ WantedBy=multi-user.target
 
 COMPOSE = """\
 # {head}
-# One image with `pip install 'mllm-fl[cli,flower]=={version}'` in it; a site's machine starts its own service only: docker compose up site-...
+# One image with `pip install 'mllm-fl[cli,flower]=={version}'` in it; a site's machine, with this file and sites/NAME, starts its own service only:
+#   docker compose up NAME
 services:
   superlink:
     image: mllm-fl:{version}
@@ -123,7 +124,7 @@ services:
 {sites}"""
 
 COMPOSE_SITE = """\
-  {name}:
+  "{name}":
     image: mllm-fl:{version}
     command: ["python", "-m", "mllm_fl.cli", "deploy", "node", "/site"]
     environment: {environment}
@@ -164,14 +165,21 @@ def around(folder: Path, sites: Sequence[str], host: str, port: int, python: str
     services = "".join(COMPOSE_SITE.format(name=name, **fields) for name in sites)
     units = {
         "systemd/mllm-fl-superlink.service": UNIT.format(
-            head=HEAD, what="server", python=python, verb="superlink", place=folder
+            head=HEAD, what="server", python=_word(python), verb="superlink", place=_word(str(folder))
         ),
         "systemd/mllm-fl-node@.service": UNIT.format(
             head=f"{HEAD}\n# the site's folder lies at /etc/mllm-fl/NAME: systemctl enable --now mllm-fl-node@NAME",
-            what="site %i", python=python, verb="node", place="/etc/mllm-fl/%i",
+            what="site %i", python=_word(python), verb="node", place="/etc/mllm-fl/%i",
         ),
     }  # fmt: skip
     return units | {
         "compose.yaml": COMPOSE.format(sites=services, **fields),
         "README.md": PAGE.format(host=host, port=port, sites=", ".join(sites), version=__version__),
     }
+
+
+def _word(text: str) -> str:
+    """One word of a systemd command line, whatever is in it."""
+    for sign, written in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
+        text = text.replace(sign, written)
+    return f'"{text}"'

@@ -11,6 +11,8 @@ import importlib.util
 import logging
 import os
 import queue
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,10 +44,10 @@ QUIET = {  # Flower without telemetry, update check, and installing packages at 
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
+STARTS = 5
+"""How often Ray is started before we give up: on a busy machine its own fifteen seconds for a start are too few."""
 RAY = {  # Ray without telemetry, and patient on a busy machine
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_agent_register_timeout_ms": "600000",
-    "RAY_raylet_start_wait_time_s": "600",
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -191,6 +193,12 @@ class Simulation:
         self._before = {k: os.environ.get(k) for k in (*QUIET, *RAY, "PYTHONPATH", "PYTHONBREAKPOINT")}
         os.environ.update(QUIET)
         os.environ.update({k: v for k, v in RAY.items() if k not in os.environ})
+        try:
+            _start_ray(self.workers)
+        except Exception as e:
+            self._problem = _first_line(e)
+            self.__exit__(None, None, None)
+            self._check()
         self._thread.start()
         grid = self._opened.get()
         if grid is None:
@@ -200,7 +208,8 @@ class Simulation:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self._over.set()
-        self._thread.join(60)
+        if self._thread.is_alive():
+            self._thread.join(60)
         for k, v in self._before.items():
             os.environ.pop(k, None)
             if v is not None:
@@ -228,21 +237,41 @@ class Simulation:
                 self._over.wait()
 
             log.setLevel(logging.CRITICAL)
-            ray = {"num_cpus": self.workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-            ray |= {"logging_level": logging.CRITICAL, "log_to_driver": False}
-            resources = {"num_cpus": 1, "num_gpus": 0.0}
-            config = {"init_args": ray, "client_resources": resources}
-            run_simulation(app, client_app(self.handle), self.nodes, backend_config=config)
+            resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+            run_simulation(app, client_app(self.handle), self.nodes, backend_config=resources)
             self._problem = "" if self._over.is_set() else "it stopped by itself"
         except BaseException as e:
-            cause: BaseException = e
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            self._problem = (str(cause).strip() or type(cause).__name__).splitlines()[0][:300]
+            self._problem = _first_line(e)
         finally:
             log.setLevel(level)
             self._over.set()
             self._opened.put(None)
+
+
+def _start_ray(workers: int) -> None:
+    """Ray on this machine's loopback alone, for Flower to find; it ends with the simulation."""
+    import ray
+
+    term, path = signal.getsignal(signal.SIGTERM), os.pathsep.join(p for p in sys.path if p)
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(
+                num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL,
+                runtime_env={"env_vars": {"PYTHONPATH": path}}, _node_ip_address="127.0.0.1",
+            )  # fmt: skip
+            break
+        except Exception:
+            ray.shutdown()
+            if attempt == STARTS:
+                raise
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, term)  # Ray puts its own in place
+
+
+def _first_line(e: BaseException) -> str:
+    while e.__cause__ is not None:
+        e = e.__cause__
+    return (str(e).strip() or type(e).__name__).splitlines()[0][:300]
 
 
 def can_simulate() -> None:
