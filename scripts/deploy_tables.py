@@ -15,7 +15,7 @@ from mllm_fl.atomic import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 DID = {
-    "a client's process": "Flower said so; the round was played again",
+    "a client's process": "Flower started another if it had not taken its message yet; else said so after 70 s, and the round was played again",
     "a SuperNode": "its supervisor started it again until the SuperLink took it; the round was played again",
     "the ServerApp": "`mllm-fl deploy resume`",
     "the SuperLink": "its supervisor started it again, the sites came back by themselves; `mllm-fl deploy resume`",
@@ -27,7 +27,7 @@ def faults(rows: list[dict[str, Any]]) -> str:
     """The last measurement of each fault, and where it was measured."""
     last = {r["killed"]: r for r in rows if "killed" in r}
     lines = [
-        "| SIGKILL in the middle of a round to | what the federation did | seconds until the round's messages were sent again | bytes lost |",
+        "| SIGKILL in the middle of a round to | what the federation did | seconds until the round went on | bytes lost |",
         "|---|---|---|---|",
     ]
     lines += [f"| {k} | {DID[k]} | {last[k]['seconds']:.0f} | {last[k]['bytes_lost']} |" for k in DID if k in last]

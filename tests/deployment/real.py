@@ -147,10 +147,11 @@ class Watch(threading.Thread):
         return self.final
 
 
-def sent_again(path: Path, t: int) -> float:
-    """When round ``t``'s messages were sent for the last time, in seconds since 1970."""
+def went_on(path: Path, t: int, at: float) -> float:
+    """When round ``t``'s messages were sent again after ``at``; where they were not, when the last answer to the first ones came. Seconds since 1970."""
     last = [e for e in read_rows(path / "events.jsonl") if e["event"] == "train exchanged" and e["round"] == t][-1]
-    return float(last["time"]) - float(last["seconds"])
+    sent = float(last["time"]) - float(last["seconds"])
+    return sent if sent > at else float(last["time"])
 
 
 def differing(a: Path, b: Path) -> int:
