@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from tests.deployment.grid import failing
 
 from mllm_fl.deployment.home import Kept
 from mllm_fl.deployment.means import SAYS
+from mllm_fl.deployment.node import handle
 from mllm_fl.deployment.sites import write_sites
 from mllm_fl.engines import exchange
 from mllm_fl.engines.flower import from_content, to_content
-from mllm_fl.engines.reception import Site
-from mllm_fl.engines.wire import Packed, pack, unpack, with_facts
+from mllm_fl.engines.reception import Reception, Site, labels_sha256
+from mllm_fl.engines.wire import Packed, Parcel, pack, unpack, with_facts
 from mllm_fl.errors import UserError
 from mllm_fl.runs import read_rows
 
@@ -93,6 +95,18 @@ def objects(packed: Packed) -> Packed:
     return Packed(packed.note, (blob, *packed.blobs[1:]))
 
 
+def untrue(packed: Packed, note: str) -> RecordDict:
+    """A note that our own code would not send."""
+    content = to_content(packed)
+    content["note"]["json"] = note
+    return content  # type: ignore[no-any-return]
+
+
+def head(blob: bytes) -> bytes:
+    """The same length, but a head that Python's own reader stumbles over."""
+    return blob[:10] + b"{" * 40 + blob[50:]
+
+
 BAD = {
     "NaN": (biases(lambda v: v * float("nan")), "0/w rejected NaN"),
     "1e30": (biases(lambda v: v + 1e30), "magnitude 1e+30 > 1e+06"),
@@ -110,6 +124,16 @@ BAD = {
     "no facts at all": (
         lambda p: Packed(json.dumps({k: v for k, v in json.loads(p.note).items() if k != "facts"}), p.blobs),
         "unreadable answer",
+    ),
+    "brackets without end": (lambda p: untrue(p, "[" * 100_000), "unreadable answer: not a note"),
+    "a shape without end": (
+        lambda p: untrue(p, p.note.replace("[10]", "[Infinity]")),
+        "unreadable answer: not a note",
+    ),
+    "a head that is no array's": (lambda p: Packed(p.note, (head(p.blobs[0]), *p.blobs[1:])), "not a .npy"),
+    "a weight beyond all numbers": (
+        lambda p: Packed(re.sub(r'"weight": [^,]*', f'"weight": {10**400}', p.note), p.blobs),
+        "its answer is not in our form",
     ),
     "nobody's client": (lambda p: with_facts(p, {"told": []}), "its node did not answer for it"),
     "no facts": (lambda p: with_facts(p, {"told": [{"client": 0}, {"client": 3}]}), "its answer is not in our form"),
@@ -325,6 +349,22 @@ def test_another_version_is_refused_in_words_that_name_both(
     monkeypatch.setattr(node, "__version__", "0.0.1")
     with pytest.raises(UserError, match="another version of mllm-fl: 0.0.1, the server"):
         deployed(ONE, wait=0.2)
+
+
+def test_another_version_says_so_even_where_it_cannot_read_the_configuration(
+    nodes: dict[int, dict[str, Any]],
+) -> None:
+    facts = {"version": "9.9", "config": {"federate": {"of_the_future": 1}}, "classes": ["a"]}
+    said = unpack(handle("hello", pack(Parcel(facts)), nodes[101], 101)).facts
+    assert said["refused"] == "version" and "the server 9.9" in said["say"]
+
+
+@pytest.mark.parametrize(("count", "says"), [(10**12, "more than 10000000"), (float("inf"), "not in our form")])
+def test_a_site_that_boasts_is_refused(count: float, says: str) -> None:
+    """The server makes a list of a site's images by their number."""
+    door = Reception([Site("a", 1)], 1, ["cat"])
+    assert says in door.admit(1, {"site": "a", "labels": labels_sha256(["cat"]), "sizes": {"0": count}})
+    assert door.admit(1, {"site": "a", "labels": labels_sha256(["cat"]), "sizes": {"0": 5}}) == ""
 
 
 def test_an_exception_at_a_site_tells_the_server_its_type_and_the_site_everything(

@@ -229,6 +229,46 @@ def test_a_process_that_dies_comes_back_and_the_line_says_why(tmp_path: Path, mo
     assert kept.starts == ended
 
 
+REAL = {  # what flower-supernode 1.41 wrote when it was tried, and what must be said of it
+    "certificate verify failed: Hostname mismatch, certificate is not valid for 'localhost'. CERTIFICATE_VERIFY_FAILED": "does not name this host",
+    "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: unable to get local issuer certificate": "not signed by this site's ca.crt",
+    "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate has expired": "has expired; on the server: mllm-fl deploy renew",
+    "[SSL: WRONG_VERSION_NUMBER] wrong version number": "no TLS at the server's port",
+    "[code: 2001] SuperNode authentication is enabled. All SuperNodes must be registered via the CLI": "mllm-fl deploy register",
+    "something else": "ended with status 1",
+}
+
+
+@pytest.mark.parametrize("line", REAL)
+def test_what_flower_says_at_its_end_is_one_line_that_can_be_acted_on(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "FIRST", 60.0)
+    said: list[str] = []
+    code = f"import sys; print({line!r}, flush=True); sys.exit(1)"
+    with processes.Kept("a", [processes.sys.executable, "-c", code], {}, tmp_path / "log", said.append):  # type: ignore[attr-defined]
+        _soon(lambda: said)
+    assert len(said) == 1 and REAL[line] in said[0]
+
+
+def test_a_server_that_is_not_there_is_said_once_and_again_when_it_is(tmp_path: Path) -> None:
+    """Flower's SuperNode goes on trying for ever, and says so in its log alone."""
+    said: list[str] = []
+    code = (
+        "import os, time\n"
+        "for i in range(4): print('Connection attempt failed, retrying in 1 seconds', flush=True)\n"
+        "while not os.path.exists('go'): time.sleep(0.1)\n"
+        "print('Connection successful after 3 seconds', flush=True); time.sleep(999)"
+    )
+    argv = [processes.sys.executable, "-c", code]  # type: ignore[attr-defined]
+    with processes.Kept("a", argv, {}, tmp_path / "log", said.append, tmp_path, watch="no SuperLink answers"):
+        _soon(lambda: said)
+        (tmp_path / "go").touch()
+        _soon(lambda: len(said) > 1)
+    assert said[0].startswith("a: no SuperLink answers (log: ")
+    assert "the SuperLink answers again" in said[1] and len(said) == 2
+
+
 def test_a_worker_answers_as_the_process_itself_would(
     tmp_path: Path, nodes: dict[int, dict[str, Any]], config: Path
 ) -> None:

@@ -47,9 +47,9 @@ def handle(kind: str, packed: Packed, node_config: Mapping[str, Any], node: int)
 
 def _hello(home: Home, parcel: Parcel) -> Parcel:
     facts = parcel.facts
-    config, classes = config_of(home, facts), [str(c) for c in facts["classes"]]
-    if facts.get("version") != __version__:
+    if facts.get("version") != __version__:  # before its configuration, which another version may not know how to read
         raise Refusal("version", f"{__version__}, the server {str(facts.get('version'))[:40]}")
+    config, classes = config_of(home, facts), [str(c) for c in facts["classes"]]
     held = {k: images_of(home, config, facts, k) for k in clients_here(home, config, facts)}
     said: dict[str, Any] = {"labels": labels_sha256(classes), "sizes": {str(k): len(v) for k, v in held.items()}}
     if home.share_histogram and facts.get("histograms"):

@@ -19,26 +19,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from mllm_fl.deployment import signs
 from mllm_fl.deployment.layout import Layout, Node
 from mllm_fl.engines.flower import QUIET
 from mllm_fl.errors import UserError
 
 Say = Callable[[str], None]
+TAIL = 1 << 16  # bytes of a log that are looked at
 FIRST, LONGEST = 3.0, 15.0  # seconds before a process is started again; doubled up to the second
-SIGNS = (  # words in Flower's logs -> what they mean for the person who reads the one line
-    ("could not be activated", "the server still holds this site's last process to be online; trying again"),
-    (
-        "Failed to activate SuperNode",
-        "the server does not take this site (key not registered, or its last process still held to be online); trying again",
-    ),
-    ("must be registered", "this site's key is not registered; on the server: mllm-fl deploy register"),
-    ("certificate has expired", "the server's certificate has expired; on the server: mllm-fl deploy renew"),
-    ("certificate is not yet valid", "the server's certificate is not valid yet: a clock is wrong"),
-    ("CERTIFICATE_VERIFY_FAILED", "the server's certificate is not signed by this site's ca.crt"),
-    ("Address already in use", "the port is taken by another process"),
-    ("address already in use", "the port is taken by another process"),
-    ("timestamp", "the clocks of this site and the server differ by more than the server accepts"),
-)
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -60,7 +48,10 @@ def program(name: str) -> str:
 
 
 class Kept:
-    """One process that is started again whenever it ends. Used as a context manager; leaving it ends the process and all its children."""
+    """One process that is started again whenever it ends. Used as a context manager; leaving it ends the process and all its children.
+
+    ``child``: words of a process below it, without which it is of no use. ``watch``: what is said while its log tells of nothing but failed connections.
+    """
 
     def __init__(
         self,
@@ -71,9 +62,10 @@ class Kept:
         say: Say,
         cwd: Path | None = None,
         child: str = "",
+        watch: str = "",
     ) -> None:
         self.name, self.argv, self.env, self.log, self.say, self.cwd = name, list(argv), env, log, say, cwd
-        self.child = child
+        self.child, self.watch = child, watch
         self.process: subprocess.Popen[bytes] | None = None
         self.starts = 0
         self._stop = threading.Event()
@@ -111,7 +103,7 @@ class Kept:
             self.starts += 1
             if self._stop.is_set():
                 end(self.process)
-            status = self._ended(self.process)
+            status = self._ended(self.process, at)
             end(self.process)  # its children, where it was killed
             if self._stop.is_set():
                 return
@@ -122,13 +114,16 @@ class Kept:
                 said = why
             self._stop.wait(pause)
 
-    def _ended(self, process: subprocess.Popen[bytes]) -> int:
+    def _ended(self, process: subprocess.Popen[bytes], at: int) -> int:
         """Wait for it; its status. A process whose ``child`` is gone for ten seconds is of no use any more and is ended."""
-        seen, missed = False, 0.0
+        seen, missed, said = False, 0.0, False
         while True:
             try:
                 return process.wait(2.0)
             except subprocess.TimeoutExpired:
+                if (gone := signs.alone(self._since(at))) != said and self.watch:
+                    said = gone
+                    self.say(f"{self.name}: {self.watch if gone else 'the SuperLink answers again'} (log: {self.log})")
                 if not self.child or self._stop.is_set():
                     continue
             here = any(self.child in command for _, command in below(process.pid))
@@ -138,10 +133,13 @@ class Kept:
                 end(process)
 
     def _why(self, at: int) -> str:
+        return signs.meaning(self._since(at))
+
+    def _since(self, at: int) -> str:
+        """The log from there on; of a long one its end."""
         with contextlib.suppress(OSError), open(self.log, "rb") as f:
-            f.seek(at)
-            text = f.read().decode(errors="replace")
-            return next((meaning for sign, meaning in SIGNS if sign in text), "")
+            f.seek(max(at, self.log.stat().st_size - TAIL))
+            return f.read().decode(errors="replace")
         return ""
 
 
@@ -247,6 +245,7 @@ def supernode(node: Node, say: Say) -> Kept:
         say,
         cwd=folder,
         child="flower-superexec",
+        watch=f"no SuperLink answers at {node.host}:{node.port}; trying again",
     )
 
 

@@ -53,7 +53,7 @@ def reply_of(parcel: Parcel, shard: Shard) -> tuple[Reply, bool] | str:
         weight, seconds = float(said["weight"]), float(said["seconds"])
         metrics = {str(k): float(v) for k, v in said["metrics"].items()}
         remembers, lost = bool(said["remembers"]), bool(said.get("lost"))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return "its answer is not in our form"
     k = shard.client
     update = Update(k, parcel.trees.get(f"{k}/w", {}), weight, parcel.trees.get(f"{k}/extra", {}), metrics)

@@ -12,6 +12,8 @@ from typing import Any
 
 from mllm_fl.data.manifest import sha256_of
 
+MOST = 10_000_000
+"""Images that one client may say it has: the server makes a list of them."""
 OWN, PARTITION = "own", "partition"
 """Where a site's images come from: its own disk, or its part of the data set that ``[data]`` names (a trial on known images)."""
 
@@ -110,8 +112,10 @@ class Reception:
         try:
             sizes = {int(k): int(n) for k, n in said["sizes"].items()}
             shared = {int(k): [int(c) for c in v] for k, v in (said.get("histograms") or {}).items()}
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             return "its greeting is not in our form"
+        if max(sizes.values(), default=0) > MOST:
+            return f"says that a client has {max(sizes.values())} images, more than {MOST}"
         if sorted(sizes) != list(mine) or min(sizes.values(), default=0) < 0:
             return f"plays clients {sorted(sizes)[:8]}, but {claimed!r} has {list(mine)[:8]}"
         if any(len(v) != len(self.class_names) or sum(v) != sizes.get(k) for k, v in shared.items()):
