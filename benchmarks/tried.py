@@ -1,6 +1,6 @@
 """What was tried to make a client's step faster, measured again: the numbers of docs/engines.md, "Tried".
 
-    python -m benchmarks.tried compile | malloc | evaluation | threads | overlap   [--width 16] [--preload libjemalloc.so.2]
+    python -m benchmarks.tried compile | malloc | evaluation | threads | overlap | memory   [--width 16] [--preload libjemalloc.so.2]
 
 Processor time of one thread, medians of interleaved repetitions; synthetic images of CIFAR's shape, batch 32.
 """
@@ -17,14 +17,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mllm_fl.algorithms.base import Task
+from mllm_fl.algorithms.base import Broadcast, FedAvg, Task
 from mllm_fl.data.longtail import long_tail
 from mllm_fl.data.partition import partition
+from mllm_fl.engines.bench import Load
+from mllm_fl.engines.config import EngineConfig
+from mllm_fl.engines.parallel import ParallelEngine
 from mllm_fl.engines.process import ENVIRONMENT
 from mllm_fl.models.network import ModelConfig, Network, build_network
 from mllm_fl.seeds import stream
@@ -164,6 +168,39 @@ def overlap(width: int) -> dict[str, object]:
     return found
 
 
+def memory(width: int) -> dict[str, object]:
+    """Megabytes (PSS) of the parent and of two workers by what they are: after importing, after clients trained, after 1,000 images were tested."""
+    load, net = Load(width=width), build_network(ModelConfig(width=width), 10, 0)
+    task, w = Task(net, NAMES, (96,) * 4, 0, precision="bf16", channels_last=True), clone(net.state_dict())
+    found: dict[str, object] = {}
+    with ParallelEngine(EngineConfig(workers=2), task, FedAvg(), load.local) as engine:
+        engine.prove()
+        list(engine.survey(Broadcast(w, {}), load.shards(4, 8)))  # both workers have begun
+        steps: dict[str, Callable[[], object]] = {
+            "imported": lambda: None,
+            "trained": lambda: list(engine.clients(Broadcast(w, {}), load.shards(4, 96), {})),
+            "tested": lambda: engine.evaluate(w, load.shard(4, 1000).images),
+        }
+        for name, step in steps.items():
+            step()
+            for who, pid in zip(("parent", "worker 1", "worker 2"), (os.getpid(), *engine.pool.pids()), strict=True):
+                found[f"{name}: {who}"] = by_kind(pid)
+    return found
+
+
+def by_kind(pid: int) -> dict[str, int]:
+    """Megabytes of a process (PSS): what it allocated, files and libraries mapped, images that all processes share. Linux alone."""
+    found, kind = {"allocated": 0, "libraries": 0, "shared images": 0}, "allocated"
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            name = words[5] if len(words) > 5 else ""
+            kind = "shared images" if "memfd" in name else "libraries" if name.startswith("/") else "allocated"
+        elif words[0] == "Pss:":
+            found[kind] += int(words[1])
+    return {kind: round(kb / 1000) for kind, kb in found.items()}
+
+
 def makespan(jobs: Sequence[float], workers: int) -> float:
     """When the last job ends if the largest is begun first and each worker takes the next when it is free."""
     free = [0.0] * workers
@@ -175,7 +212,14 @@ def makespan(jobs: Sequence[float], workers: int) -> float:
 def main() -> None:
     """Print one JSON object."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tried = {"compile": compiled, "malloc": malloc, "evaluation": evaluation, "threads": threads, "overlap": overlap}
+    tried = {
+        "compile": compiled,
+        "malloc": malloc,
+        "evaluation": evaluation,
+        "threads": threads,
+        "overlap": overlap,
+        "memory": memory,
+    }
     p.add_argument("what", choices=tried)
     p.add_argument("--width", type=int, default=16)
     p.add_argument("--preload", default="", help="another allocator's library, for malloc")
