@@ -235,7 +235,7 @@ REAL = {  # what flower-supernode 1.41 wrote when it was tried, and what must be
     "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate has expired": "has expired; on the server: mllm-fl deploy renew",
     "[SSL: WRONG_VERSION_NUMBER] wrong version number": "no TLS at the server's port",
     "[code: 2001] SuperNode authentication is enabled. All SuperNodes must be registered via the CLI": "mllm-fl deploy register",
-    "something else": "ended with status 1",
+    "something else": "ended with status 1; ask the doctor (log: ",
 }
 
 
@@ -246,7 +246,9 @@ def test_what_flower_says_at_its_end_is_one_line_that_can_be_acted_on(
     monkeypatch.setattr(processes, "FIRST", 60.0)
     said: list[str] = []
     code = f"import sys; print({line!r}, flush=True); sys.exit(1)"
-    with processes.Kept("a", [processes.sys.executable, "-c", code], {}, tmp_path / "log", said.append):  # type: ignore[attr-defined]
+    with processes.Kept(
+        "a", [processes.sys.executable, "-c", code], {}, tmp_path / "log", said.append, ask="; ask the doctor"
+    ):  # type: ignore[attr-defined]
         _soon(lambda: said)
     assert len(said) == 1 and REAL[line] in said[0]
 

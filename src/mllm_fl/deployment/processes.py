@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from mllm_fl.deployment import signs
-from mllm_fl.deployment.layout import Layout, Node
+from mllm_fl.deployment.layout import Layout, Node, typed
 from mllm_fl.engines.flower import QUIET
 from mllm_fl.errors import UserError
 
@@ -50,7 +50,8 @@ def program(name: str) -> str:
 class Kept:
     """One process that is started again whenever it ends. Used as a context manager; leaving it ends the process and all its children.
 
-    ``child``: words of a process below it, without which it is of no use. ``watch``: what is said while its log tells of nothing but failed connections.
+    ``child``: words of a process below it, without which it is of no use. ``watch``: what is said while its log tells of nothing but failed connections; ``ask``: who knows more where it ended
+    without a word (Flower says nothing of a clock that is wrong).
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Kept:
         cwd: Path | None = None,
         child: str = "",
         watch: str = "",
+        ask: str = "",
     ) -> None:
         self.name, self.argv, self.env, self.log, self.say, self.cwd = name, list(argv), env, log, say, cwd
-        self.child, self.watch = child, watch
+        self.child, self.watch, self.ask = child, watch, ask
         self.process: subprocess.Popen[bytes] | None = None
         self.starts = 0
         self._stop = threading.Event()
@@ -108,7 +110,9 @@ class Kept:
             if self._stop.is_set():
                 return
             pause = FIRST if time.monotonic() - began > 60 else min(2 * pause, LONGEST)
-            why = self._why(at) or (f"ended by signal {-status}" if status < 0 else f"ended with status {status}")
+            why = self._why(at) or (
+                f"ended by signal {-status}" if status < 0 else f"ended with status {status}{self.ask}"
+            )
             if why != said:
                 self.say(f"{self.name}: {why} (log: {self.log})")
                 said = why
@@ -246,6 +250,7 @@ def supernode(node: Node, say: Say) -> Kept:
         cwd=folder,
         child="flower-superexec",
         watch=f"no SuperLink answers at {node.host}:{node.port}; trying again",
+        ask=f"; mllm-fl deploy doctor {typed(folder)} says which layer fails",
     )
 
 
