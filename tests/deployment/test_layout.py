@@ -12,6 +12,7 @@ import socket
 import ssl
 import stat
 import subprocess
+import sys
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -214,7 +215,7 @@ def test_a_process_that_dies_comes_back_and_the_line_says_why(tmp_path: Path, mo
     monkeypatch.setattr(processes, "LONGEST", 0.05)
     said: list[str] = []
     code = "import sys; print('could not be activated', flush=True); sys.exit(1)"
-    with processes.Kept("a", [processes.sys.executable, "-c", code], {}, tmp_path / "log", said.append) as kept:  # type: ignore[attr-defined]
+    with processes.Kept("a", [sys.executable, "-c", code], {}, tmp_path / "log", said.append) as kept:
         for _ in range(600):
             if kept.starts >= 3:
                 break
@@ -246,9 +247,7 @@ def test_what_flower_says_at_its_end_is_one_line_that_can_be_acted_on(
     monkeypatch.setattr(processes, "FIRST", 60.0)
     said: list[str] = []
     code = f"import sys; print({line!r}, flush=True); sys.exit(1)"
-    with processes.Kept(
-        "a", [processes.sys.executable, "-c", code], {}, tmp_path / "log", said.append, ask="; ask the doctor"
-    ):  # type: ignore[attr-defined]
+    with processes.Kept("a", [sys.executable, "-c", code], {}, tmp_path / "log", said.append, ask="; ask the doctor"):
         _soon(lambda: said)
     assert len(said) == 1 and REAL[line] in said[0]
 
@@ -262,7 +261,7 @@ def test_a_server_that_is_not_there_is_said_once_and_again_when_it_is(tmp_path: 
         "while not os.path.exists('go'): time.sleep(0.1)\n"
         "print('Connection successful after 3 seconds', flush=True); time.sleep(999)"
     )
-    argv = [processes.sys.executable, "-c", code]  # type: ignore[attr-defined]
+    argv = [sys.executable, "-c", code]
     with processes.Kept("a", argv, {}, tmp_path / "log", said.append, tmp_path, watch="no SuperLink answers"):
         _soon(lambda: said)
         (tmp_path / "go").touch()
@@ -302,7 +301,6 @@ def test_a_process_whose_executor_is_gone_is_started_again_with_it(
     """Flower's SuperLink lives on without its executor, and then starts no run any more."""
     import os
     import signal
-    import sys
     import time
 
     monkeypatch.setattr(processes, "FIRST", 0.05)
