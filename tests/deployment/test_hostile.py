@@ -12,7 +12,7 @@ import pytest
 from flwr.common.config import parse_config_args
 
 from mllm_fl.cli import main
-from mllm_fl.deployment import layout
+from mllm_fl.deployment import layout, processes
 from mllm_fl.deployment.layout import Layout, Node, quoted
 from mllm_fl.engines.flower import QUIET
 from mllm_fl.errors import UserError
@@ -177,6 +177,23 @@ def test_systemd_finds_nothing_wrong_with_the_units(made: Layout, tmp_path: Path
     for unit in sorted(units.iterdir()):
         done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=120)
         assert unit.name not in done.stderr + done.stdout and "ignor" not in done.stderr, done.stderr
+
+
+def test_every_process_of_flower_is_quiet_whatever_its_owner_exports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for switch in QUIET:
+        monkeypatch.setenv(switch, "1" if switch.endswith("ENABLED") else "0")
+    found = processes.environment(tmp_path)
+    assert (
+        {k: found[k] for k in QUIET}
+        == QUIET
+        == {
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        }
+    )
 
 
 def test_units_and_services_are_quiet_and_come_back(tmp_path: Path, config: Path) -> None:

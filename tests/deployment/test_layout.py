@@ -162,6 +162,10 @@ def test_the_doctor_names_the_layer_that_fails(made: Layout, tmp_path: Path) -> 
     with server(made.server, ahead=600) as port:
         says("^clock: this machine is (599|600|601) s behind the server", port)
     with server(made.server) as port:
+        log = made.site("a") / "supernode.log"
+        log.write_text("Starting Flower SuperNode\n[code: 2004] Failed to activate SuperNode\n")
+        says("^key: the server did not take it.*on the server: mllm-fl deploy register", port)
+        log.write_text(log.read_text() + "Starting Flower SuperNode\n")
         says(r"^data=folder:/nowhere: is not a folder; mount it", port, data="folder:/nowhere")
         (tmp_path / "empty" / "cat").mkdir(parents=True)
         says(r"holds no image", port, data=f"folder:{tmp_path}/empty")

@@ -113,8 +113,10 @@ def _key(folder: Path) -> Iterator[str]:
             "copy the site's folder again",
         )
     log = folder / "supernode.log"
-    if log.exists() and "must be registered" in log.read_text(errors="replace")[-4000:]:
-        raise UserError("key", "the server does not know it", "on the server: mllm-fl deploy register DIR")
+    last = log.read_text(errors="replace").rpartition("Starting Flower SuperNode")[2] if log.exists() else ""
+    if "must be registered" in last or "Failed to activate SuperNode" in last:
+        problem = "the server did not take it when the node was last started (not registered, or killed less than a minute before)"
+        raise UserError("key", problem, "on the server: mllm-fl deploy register DIR; then start the node again")
     yield "key: whole; whether the server has registered it shows when the node starts"
 
 

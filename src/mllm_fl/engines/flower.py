@@ -256,7 +256,7 @@ def _start_ray(workers: int) -> None:
     for attempt in range(1, STARTS + 1):
         try:
             ray.init(
-                num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL,
+                address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL,
                 runtime_env={"env_vars": {"PYTHONPATH": path}}, _node_ip_address="127.0.0.1",
             )  # fmt: skip
             break
