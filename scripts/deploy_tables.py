@@ -37,6 +37,8 @@ def faults(rows: list[dict[str, Any]]) -> str:
 def cost(rows: list[dict[str, Any]]) -> str:
     """The last measurement of each number of nodes, with and without a worker."""
     last = {(r["nodes"], r["worker"]): r for r in rows if "seconds_a_round" in r}
+    if not last:
+        return "Not measured yet: `python benchmarks/flower.py`, then `python scripts/deploy_tables.py`."
     lines = [
         "| nodes on one machine | a process for every message | a process that stays | rounds |",
         "|---|---|---|---|",
@@ -58,7 +60,7 @@ def measured(rows: list[dict[str, Any]]) -> list[str]:
     commits = ", ".join(dict.fromkeys(str(r["commit"])[:9] for r in rows))
     loads = sorted(r["load"] for r in rows)
     machine = ", ".join(dict.fromkeys(f"{r['processor']}, {r['cores']} cores" for r in rows))
-    return [f"{machine}; commit {commits}; load average {loads[0]:.1f} to {loads[-1]:.1f}."]
+    return [f"{machine}; commit {commits}; load average {loads[0]:.1f} to {loads[-1]:.1f}, what is measured included."]
 
 
 def filled(text: str, rows: list[dict[str, Any]]) -> str:
