@@ -210,6 +210,8 @@ class Simulation:
         self._over.set()
         if self._thread.is_alive():
             self._thread.join(60)
+        if "ray" in sys.modules:  # where Flower did not come so far as to end it
+            sys.modules["ray"].shutdown()
         for k, v in self._before.items():
             os.environ.pop(k, None)
             if v is not None:
@@ -252,6 +254,8 @@ def _start_ray(workers: int) -> None:
     """Ray on this machine's loopback alone, for Flower to find; it ends with the simulation."""
     import ray
 
+    if ray.is_initialized():  # by the program that calls us
+        return
     term, path = signal.getsignal(signal.SIGTERM), os.pathsep.join(p for p in sys.path if p)
     for attempt in range(1, STARTS + 1):
         try:
