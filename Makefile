@@ -27,9 +27,9 @@ test: .venv/dev.stamp lint browser  ## lint, types, tests
 	@echo "== tests (those marked 'data' need MLLM_FL_DATA=folder of the real data sets)"
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-deploy: .venv/dev.stamp  ## a federation of real processes, killed one after another: about a quarter of an hour on two idle cores
-	@echo "== deployment tests: real SuperLinks and SuperNodes on the loopback"
-	$(BIN)/python -m pytest -q -m deploy tests/deployment
+test-deploy: .venv/dev.stamp  ## a federation of real processes, killed one after another; the annotator on a real Ray: 12 minutes on two idle cores
+	@echo "== deployment tests: real SuperLinks and SuperNodes on the loopback, and Ray"
+	$(BIN)/python -m pytest -q -m deploy tests/deployment tests/annotate/test_ray_data.py
 
 browser:  ## the report is looked at in a real browser: installed where there is none and apt-get may be used
 	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome google-chrome-stable chrome; do \
