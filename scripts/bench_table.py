@@ -16,16 +16,17 @@ BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 
 def latest(path: Path) -> list[dict[str, Any]]:
-    """The last line of each kind of benchmark, processor, load and contestants, in the file's order."""
-    found: dict[str, dict[str, Any]] = {}
+    """The last line of each kind of benchmark, processor and load, in the file's order; one with more contestants takes the place of earlier ones with fewer."""
+    found: list[tuple[str, set[str], dict[str, Any]]] = []
     for text in path.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
         if line.get("benchmark") in ("engines", "engines and peers", "profile"):
-            contestants = sorted(line.get("seconds", ()))
-            key = json.dumps([line["benchmark"], line["processor"], line.get("cores", None), line["load"], contestants])
-            found.pop(key, None)
-            found[key] = line
-    return list(found.values())
+            load = {k: v for k, v in line["load"].items() if k != "repeats"}
+            key = json.dumps([line["benchmark"], line["processor"], line.get("cores", None), load])
+            contestants = set(line.get("seconds", ()))
+            found = [f for f in found if f[0] != key or not f[1] <= contestants]
+            found.append((key, contestants, line))
+    return [line for _, _, line in found]
 
 
 def table(line: dict[str, Any]) -> str:

@@ -40,6 +40,15 @@ def test_the_last_line_of_equal_loads_counts(tmp_path: Path) -> None:
     assert [(x["commit"], x["load"]["width"]) for x in bench_table.latest(path)] == [("abc", 16), ("abc", 64)]
 
 
+def test_a_later_line_with_more_contestants_takes_the_place_of_one_with_fewer(tmp_path: Path) -> None:
+    """And however often they were repeated; one with fewer leaves the peers' standing."""
+    path = tmp_path / "bench.jsonl"
+    few = LINE | {"commit": "few", "seconds": {"bare": [1.0]}, "load": LINE["load"] | {"repeats": 9}}
+    for lines, expected in (([few, LINE], ["abc"]), ([LINE, few], ["abc", "few"])):
+        path.write_text("\n".join(map(json.dumps, lines)))
+        assert [x["commit"] for x in bench_table.latest(path)] == expected
+
+
 def test_a_page_without_marks_is_refused() -> None:
     with pytest.raises(UserError, match=r"page: needs <!-- bench --> once"):
         bench_table.filled("no marks", [LINE], "page")
