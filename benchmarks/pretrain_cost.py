@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_fl.models.network import ModelConfig, build_network
+from mllm_fl.report.marked import fill
 from mllm_fl.stages.pretraining import preflight
 
 SAMPLES, EPOCHS, BATCH, PART = 595_375, 4, 128, 16
@@ -78,10 +79,7 @@ def main() -> None:
     args = p.parse_args()
     text = table(args.utilisation)
     if args.page is not None:
-        before, _, rest = args.page.read_text(encoding="utf-8").partition("<!-- pretrain-cost -->\n")
-        after = rest.partition("<!-- /pretrain-cost -->")[2]
-        page = f"{before}<!-- pretrain-cost -->\n{text}\n<!-- /pretrain-cost -->{after}"
-        args.page.write_text(page, encoding="utf-8")
+        fill(args.page, {"pretrain-cost": text})
     print(text)
 
 

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mllm_fl.report.marked import fill
+
 ROUNDS, SHORT = 50, 10
 POPULATION = [(10**3, 1000, ROUNDS), (10**4, 1000, SHORT), (10**5, 1000, SHORT), (10**6, 1000, ROUNDS)]
 POPULATION += [(10**6, 10, SHORT), (10**6, 100, SHORT)]  # clients, online, rounds
@@ -212,16 +214,11 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
 def page(out: Path, docs: Path) -> None:
     """docs/scale.md from its template: what stands between the marks is replaced."""
     big, skewed = rows(out, "scale: population"), rows(out, "scale: skew")
-    text = (docs / "scale.md").read_text(encoding="utf-8")
     parts = {
         "population": f"{population_table(big)}\n\n{where(big)}; one thread, beside other work.",
         "skew": f"{skew_table(skewed)}\n\n{where(skewed)}; one thread, beside other work.",
     }
-    for name, content in parts.items():
-        head, _, rest = text.partition(f"<!-- {name} -->")
-        _, _, tail = rest.partition(f"<!-- /{name} -->")
-        text = f"{head}<!-- {name} -->\n{content}\n<!-- /{name} -->{tail}"
-    (docs / "scale.md").write_text(text, encoding="utf-8")
+    fill(docs / "scale.md", parts)
     draw(big, docs / "scale.svg")
 
 

@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mllm_fl.engines.checkpoint import write_atomic
 from mllm_fl.errors import UserError
-
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+from mllm_fl.report.marked import fill
 
 
 def latest(path: Path) -> list[dict[str, Any]]:
@@ -80,16 +78,6 @@ def _spread(s: list[float]) -> str:
     return f"{statistics.median(s):.2f} ({min(s):.2f} to {max(s):.2f})"
 
 
-def filled(text: str, lines: list[dict[str, Any]], place: object) -> str:
-    """The document with all tables between its marks."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(
-            place, f"needs {BEGIN} once and {END} once after it", "add the two lines where the tables belong"
-        )
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n" + "\n\n".join(map(table, lines)) + f"\n{END}{rest.split(END)[1]}"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 1 (``--check`` and stale) or 2 (bad input)."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -98,18 +86,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("results/bench.jsonl"))
     args = parser.parse_args(argv)
     try:
-        old = args.page.read_text(encoding="utf-8")
-        new = filled(old, latest(args.results), args.page)
+        stale = fill(args.page, {"bench": "\n\n".join(map(table, latest(args.results)))}, args.check)
     except (UserError, OSError) as e:
         print(f"bench_table: {e}", file=sys.stderr)
         return 2
-    if new == old:
-        return 0
-    if args.check:
+    if stale and args.check:
         print(f"bench_table: {args.page} is stale; run `python scripts/bench_table.py`", file=sys.stderr)
-        return 1
-    write_atomic(args.page, new.encode())
-    return 0
+    return int(stale and args.check)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mllm_fl.atomic import write_atomic
+from mllm_fl.errors import UserError
+from mllm_fl.report.marked import fill
 
 ROOT = Path(__file__).resolve().parents[1]
 DID = {
@@ -63,14 +64,6 @@ def measured(rows: list[dict[str, Any]]) -> list[str]:
     return [f"{machine}; commit {commits}; load average {loads[0]:.1f} to {loads[-1]:.1f}, what is measured included."]
 
 
-def filled(text: str, rows: list[dict[str, Any]]) -> str:
-    """The page with both tables in their places."""
-    for name, table in (("faults", faults(rows)), ("cost", cost(rows))):
-        before, _, rest = text.partition(f"<!-- {name} -->")
-        text = f"{before}<!-- {name} -->\n\n{table}\n\n<!-- /{name} -->{rest.partition(f'<!-- /{name} -->')[2]}"
-    return text
-
-
 def main() -> int:
     """Write the page, or compare it."""
     args = argparse.ArgumentParser(description=__doc__)
@@ -81,13 +74,12 @@ def main() -> int:
         print(f"{source}: nothing measured yet; see `--help`", file=sys.stderr)
         return 2
     rows = [json.loads(line) for line in source.read_text().splitlines()]
-    page = ROOT / "docs" / "deploy.md"
-    old = page.read_text()
-    text = filled(old, rows)
-    if check:
-        return int(text != old)
-    write_atomic(page, text.encode())
-    return 0
+    try:
+        stale = fill(ROOT / "docs" / "deploy.md", {"faults": faults(rows), "cost": cost(rows)}, check)
+    except UserError as e:
+        print(f"deploy_tables: {e}", file=sys.stderr)
+        return 2
+    return int(stale and check)
 
 
 if __name__ == "__main__":

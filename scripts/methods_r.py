@@ -20,6 +20,7 @@ from mllm_fl.algorithms import METHODS, find
 from mllm_fl.atomic import write_atomic
 from mllm_fl.conformance.table import heading
 from mllm_fl.errors import UserError
+from mllm_fl.report.marked import fill
 from mllm_fl.results import read
 from mllm_fl.runs import read_json, read_rows
 
@@ -192,15 +193,6 @@ def ours(runs: list[Run], by_arm: dict[str, list[Run]], known: dict[tuple[str, s
     return text + (f" Minus FedAvg, round by round: {percent(list(gaps), signed=True)}." if gaps else "")
 
 
-def filled(text: str, name: str, content: str, document: Path) -> str:
-    """The document with ``content`` between the two marks of ``name``."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise UserError(document, f"needs {begin} and {end} once each")
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 1 (``--check`` and stale) or 2 (bad input)."""
     p = argparse.ArgumentParser(description="Fill docs/reduced-protocol.md and docs/fidelity.md.")
@@ -220,14 +212,9 @@ def main(argv: list[str] | None = None) -> int:
             ("reduced-protocol.md", "methods-r-table", table(by_arm, known)),
             ("fidelity.md", "fidelity-cards", cards(by_arm, known)),
         ):
-            document = args.docs / name
-            old = document.read_text(encoding="utf-8")
-            new = filled(old, mark, content, document)
-            if new != old and args.check:
+            if fill(args.docs / name, {mark: content}, args.check) and args.check:
                 print(f"methods_r: docs/{name} is stale; run `python scripts/methods_r.py`", file=sys.stderr)
                 stale = 1
-            elif new != old:
-                write_atomic(document, new.encode())
     except (UserError, OSError) as e:
         print(f"methods_r: {e}", file=sys.stderr)
         return 2

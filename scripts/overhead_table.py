@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mllm_fl.atomic import write_atomic
+from mllm_fl.errors import UserError
+from mllm_fl.report.marked import fill
 from mllm_fl.results import read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,20 +71,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Returns 0, or 1 when ``--check`` finds the page stale."""
+    """Returns 0, 1 (``--check`` and stale) or 2 (bad input)."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--check", action="store_true")
     p.add_argument("--results", type=Path, default=ROOT / "results" / "quickstart.jsonl")
     args = p.parse_args()
-    old = PAGE.read_text(encoding="utf-8")
-    mark = re.compile(r"(<!-- overhead -->\n).*(<!-- /overhead -->)", re.DOTALL)
-    new = mark.sub(lambda m: f"{m[1]}{table(read(args.results))}\n{m[2]}", old)
-    if new != old and args.check:
+    try:
+        stale = fill(PAGE, {"overhead": table(read(args.results))}, args.check)
+    except UserError as e:
+        print(f"overhead_table: {e}", file=sys.stderr)
+        return 2
+    if stale and args.check:
         print(f"overhead_table: {PAGE.name} is stale; run `python scripts/overhead_table.py`", file=sys.stderr)
-        return 1
-    if new != old:
-        write_atomic(PAGE, new.encode())
-    return 0
+    return int(stale and args.check)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from mllm_fl.errors import UserError
 from mllm_fl.events import Event
 from mllm_fl.models.network import Network, build_network
 from mllm_fl.models.teacher.clip import load_clip, load_teacher
+from mllm_fl.report.marked import fill
 from mllm_fl.runs import config_hash, environment
 from mllm_fl.seeds import numpy_stream, seed_of, stream
 from mllm_fl.stages.pretrain import pretrain
@@ -261,9 +262,7 @@ def main() -> None:
                     f.write(json.dumps(rows[-1]) + "\n")
     text = table(rows)
     if args.page is not None:
-        before, _, rest = args.page.read_text(encoding="utf-8").partition("<!-- table4 -->\n")
-        after = rest.partition("<!-- /table4 -->")[2]
-        args.page.write_text(f"{before}<!-- table4 -->\n{text}\n<!-- /table4 -->{after}", encoding="utf-8")
+        fill(args.page, {"table4": text})
     print(text)
 
 

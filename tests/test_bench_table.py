@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from scripts import bench_table
 
-from mllm_fl.errors import UserError
-
 ROOT = Path(__file__).parents[1]
 LINE: dict[str, Any] = {
     "benchmark": "engines and peers", "processor": "A chip", "torch": "2.13.0", "commit": "abc", "cores": 2,
@@ -49,12 +47,13 @@ def test_a_later_line_with_more_contestants_takes_the_place_of_one_with_fewer(tm
         assert [x["commit"] for x in bench_table.latest(path)] == expected
 
 
-def test_a_page_without_marks_is_refused() -> None:
-    with pytest.raises(UserError, match=r"page: needs <!-- bench --> once"):
-        bench_table.filled("no marks", [LINE], "page")
+def test_a_page_without_marks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("no marks")
+    assert bench_table.main(["--page", str(page), "--results", str(ROOT / "results" / "bench.jsonl")]) == 2
+    assert "page.md: needs <!-- bench --> once" in capsys.readouterr().err and page.read_text() == "no marks"
 
 
 def test_the_page_is_what_the_results_say() -> None:
-    page, results = ROOT / "docs" / "engines.md", ROOT / "results" / "bench.jsonl"
-    text = page.read_text(encoding="utf-8")
-    assert bench_table.filled(text, bench_table.latest(results), page) == text
+    words = ["--page", str(ROOT / "docs" / "engines.md"), "--results", str(ROOT / "results" / "bench.jsonl")]
+    assert bench_table.main(["--check", *words]) == 0
