@@ -19,7 +19,13 @@ from mllm_fl.results import read
 from mllm_fl.stages.align import Control
 from mllm_fl.stages.chain import align_finished, run_path
 
-CONTROLS: tuple[Control | None, ...] = (None, "ce", "kl", "uniform", "wrong")
+CONTROLS: tuple[Control | None, ...] = (
+    "ce",
+    "kl",
+    "uniform",
+    "wrong",
+    None,
+)  # the last one's model stays in the run folder
 
 
 def main() -> int:

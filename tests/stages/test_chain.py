@@ -170,6 +170,10 @@ def test_alignment_alone_needs_a_finished_federation_and_then_aligns_it(root: Pa
     assert json.loads((path / "final.json").read_text()) == plain
     assert (path / "aligned.safetensors").exists()
     assert plain["teacher"] is None and aligned["teacher"]["fingerprint"] == load_clip("mini").fingerprint
+    assert c.align is not None
+    labels = dataclasses.replace(c, align=dataclasses.replace(c.align, control="ce"))
+    part = chain.align_finished(labels, root, run=path)
+    assert (aligned["arm"], part["arm"]) == ("alone, aligned once", "alone, aligned once (ce)")
 
 
 def test_test_images_in_the_alignment_set_stop_the_run_unless_declared(

@@ -231,10 +231,11 @@ def align_finished(config: Config, root: Path, progress: Progress = silent, run:
         save_model(path / "aligned.safetensors", aligned, config, federation)
         final = folder.final
         assert final is not None
+        part = f" ({config.align.control})" if config.align.control else ""
         final |= {
             "weights_sha256": digest(aligned), "accuracy_before_align": final["last"]["accuracy"],
             "stages": final["stages"] | {"align": True}, "leaks": final["leaks"] | found,
-            "arm": f"{config.name}, aligned once", "before_align": final["last"], "mean_last": None, "max": None, "ema": None,
+            "arm": f"{config.name}, aligned once{part}", "before_align": final["last"], "mean_last": None, "max": None, "ema": None,
             "last": scores.scores(groups(federation.class_counts)) | {"confusion": scores.counts.tolist()},
             "align": to_dict(config.align) | d_align(config.align, images, aligner), "teacher": _teacher_record(config, aligner),
         }  # fmt: skip
